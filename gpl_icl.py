@@ -4,24 +4,26 @@
 # ///
 """General-purpose in-context learning: a transformer becomes a learning algorithm, in one file.
 
-Kirsch, Harrison, Sohl-Dickstein, Metz, "General-Purpose In-Context Learning by Meta-Learning Transformers",
-arXiv 2212.04458. No official code was released.
+Kirsch, Harrison, Sohl-Dickstein, Metz, "General-Purpose In-Context Learning by Meta-Learning
+Transformers", arXiv 2212.04458. No official code was released.
 
 IDEA
-  Nobody writes the learning algorithm here. A causal sequence model reads a training set as a sequence of
-  (input, label) pairs and must predict each label before it is shown. Many tasks are made from one data set: each
-  multiplies the pixels by a random matrix of its own and renames the classes. With few tasks the model memorises
-  them. With many it cannot, and past a threshold it turns into a learning algorithm, which works on tasks and data
-  sets it has never seen. Learning is then a forward pass: no gradient, no inner loss.
+  Nobody writes the learning algorithm here. A causal sequence model reads a training set as a
+  sequence of (input, label) pairs and must predict each label before it is shown. Many tasks are
+  made from one data set: each multiplies the pixels by a random matrix of its own and renames the
+  classes. With few tasks the model memorises them. With many it cannot, and past a threshold it
+  turns into a learning algorithm, which works on tasks and data sets it has never seen. Learning is
+  then a forward pass: no gradient, no inner loss.
 
 ALGORITHM (meta-training, Algorithm 1 of the paper)
   repeat
     for each of B sequences: draw a task k of K, and T examples (xbar_j, ybar_j) of the base data
-    x_j = A_k xbar_j,   y_j = rho_k(ybar_j)           A_k has entries N(0, 1/D), rho_k permutes the C classes
-    token_j = concat(x_j, onehot(y_{j-1})),  y_0 = 0  a label is seen one step after its input
-    J(theta) = 1/(BT) sum_{b,j} cross_entropy(f_theta(token_1 .. token_j), y_j)       every position counts
+    x_j = A_k xbar_j,  y_j = rho_k(ybar_j)       A_k: entries N(0, 1/D); rho_k permutes C classes
+    token_j = concat(x_j, onehot(y_{j-1})), y_0 = 0             a label is seen one step late
+    J(theta) = 1/(BT) sum_{b,j} cross_entropy(f_theta(token_1 .. token_j), y_j)
     theta <- Adam(theta, grad J)
-  Meta-test: tasks, images and data sets that were not trained on; accuracy at each position j is a learning curve.
+  Meta-test: tasks, images and data sets that were not trained on. The accuracy at each position j,
+  after j - 1 labelled examples, is the learning curve of the algorithm that f_theta has become.
 
 SYMBOLS
   symbol     in the code            shape       meaning
@@ -29,12 +31,12 @@ SYMBOLS
   B, T, C    batch, length, classes             sequences a step, examples a sequence, classes
   D          n_in                               inputs of one example (the paper's N_x)
   H          d_model                            width of the model (the paper's N_M)
-  K          num_tasks                          number of meta-training tasks; 0: a fresh task for every sequence
-  A_k        task_matrix(ids, D)    (B, D, D)   input projection, a function of the task's integer id
+  K          num_tasks                          meta-training tasks; 0: a fresh one each sequence
+  A_k        task_matrix(ids, D)    (B, D, D)   input projection, a function of the task's id
   rho_k      task_permutation(...)  (B, C)      new name of each class, a function of the same id
   x, y       x, y                   (B, T, D|-) training sets as the model reads them, one a row
-  f_theta    model(x, y)            (B, T, C)   logits; those at j depend on x_{<=j} and y_{<j} only
-  N_S        model.state_size(T)                numbers the model can carry from one example to the next
+  f_theta    model(x, y)            (B, T, C)   logits; at j they depend on x_{<=j} and y_{<j} only
+  N_S        model.state_size(T)                numbers carried from one example to the next
 
 RESULT
 @RESULT@
@@ -43,7 +45,7 @@ DIFFERS
 @DIFFERS@
 
 RUN
-  python gpl_icl.py                                   glyphs drawn from fonts: no files, no network
+  python gpl_icl.py                                 glyphs drawn from fonts: no files, no network
   python gpl_icl.py --dataset mnist --unseen fashion_mnist --data-dir data --download
   torchrun --standalone --nproc_per_node=8 gpl_icl.py --preset paper
 """
@@ -73,84 +75,91 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, vmap
 from tqdm import tqdm
 
-# ---- 1. CONFIGURATION --------------------------------------------------------------------------------
+# ---- 1. CONFIGURATION --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Config:
-    dataset: str = "glyph_digits"    # meta-training data: glyph_digits, glyph_letters, mnist, fashion_mnist, kmnist
-    unseen: str = "glyph_letters"    # data for meta-testing only: the same names, or FILE.npz
-    features: str = ""               # FILE.npz with x (N, D), y (N,): any embedding of yours, instead of --dataset
+    dataset: str = "glyph_digits"    # to meta-train on: glyph_digits|_letters, [fashion_|k]mnist
+    unseen: str = "glyph_letters"    # for meta-testing only: the same names, or FILE.npz
+    features: str = ""               # FILE.npz with x (N, D), y (N,), any embedding, as --dataset
     data_dir: str = "data"           # folder with NAME/train-images-idx3-ubyte.gz and so on
     download: bool = False           # fetch missing official files into --data-dir
     image_size: int = 8              # images are resized to this many pixels a side
-    rgb: bool = False                # repeat grey images over three channels, as for the paper's table
-    center: str = "pixel"            # what is subtracted: the mean of each "pixel", or one "global" mean [paper]
+    rgb: bool = False                # repeat grey images over three channels, as the paper's table
+    center: str = "pixel"            # subtract each "pixel"'s mean, or one "global" mean [paper]
     distort: float = 0.4             # strength of the glyphs' distortions; 1 is hard
     classes: int = 10                # classes in a sequence, C
     length: int = 30                 # examples in a sequence, T [paper: 100]
     batch: int = 32                  # sequences a step over all processes, B
-    burst: float = 0.5               # share of sequences made of 10 images only [ours, against the plateau]
-    label_bias: float = 0.0          # share of sequences with one fixed label permutation [paper, section 4.3]
+    burst: float = 0.5               # share of sequences made of 10 images only [ours]
+    label_bias: float = 0.0          # share with one fixed label permutation [paper, section 4.3]
     projection: str = "gram"         # unlimited tasks: "gram", or "hash" to make the matrices
     d_model: int = 128               # width of the general learner, H
     layers: int = 2                  # transformer blocks
     heads: int = 2                   # attention heads
-    steps: int = 2500                # meta-training steps of the general learner
-    sweep: str = "16,128,1024"       # numbers of tasks of panel (a), a transformer each; "" leaves them out
-    sweep_d_model: int = 64          # width of the transformers of panels (a) and (c), and of the baselines
-    sweep_steps: int = 1200          # meta-training steps of each of these
+    steps: int = 2200                # meta-training steps of the general learner
+    sweep: str = "16,128,1024"       # numbers of tasks of panel (a), a transformer each; "": none
+    sweep_d_model: int = 64          # width of all models but the general learner
+    sweep_steps: int = 1200          # meta-training steps of the transformers of (a) and (c)
+    baseline_steps: int = 800        # meta-training steps of the baselines
     plateau: bool = True             # train the interventions of panel (c)
-    baselines: bool = True           # train the LSTM, the outer-product LSTM and the MLP of panel (d)
-    learning_rate: float = 1e-3      # of Adam; much more, and small models stay on the plateau [paper: unknown]
-    adam_eps: float = 1e-10          # of Adam: small, because gradients on the plateau are [paper, section 4.3]
+    baselines: bool = True           # train the LSTM, outer-product LSTM and MLP of panel (d)
+    learning_rate: float = 1e-3      # of Adam [paper: unknown]; 2e-3 may never leave the plateau
+    adam_eps: float = 1e-10          # of Adam: small, as gradients on the plateau [paper, 4.3]
     warmup: int = 100                # steps of linear warm-up
     clip: float = 1.0                # bound on the gradient norm of each run
     bf16: bool = False               # bfloat16 autocast of the model (GPU)
-    eval_sequences: int = 1024       # meta-test sequences a seed and data set
-    measure_speed: bool = True       # time the data path and the paper's shapes at the end (15 s)
+    eval_sequences: int = 512        # meta-test sequences a seed and data set
+    measure_speed: bool = True       # time the data and the paper's shapes at the end (15 s)
     seed: int = 0                    # first seed
     num_seeds: int = 1               # seeds trained side by side: seed, seed + 1, ...
     log_every: int = 50              # steps between evaluations
     save_every: int = 250            # steps between checkpoints
 
     def __post_init__(self):
-        low = dict.fromkeys("steps sweep_steps warmup seed distort burst label_bias".split(), 0) | {"classes": 2}
+        low = dict.fromkeys(("steps", "sweep_steps", "baseline_steps", "warmup", "seed", "distort",
+                             "burst", "label_bias"), 0)
         for name, value in asdict(self).items():
-            option = "--" + name.replace("_", "-")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{option} must be finite, not {value}")
-            if type(value) in (int, float) and (value < low[name] if name in low else value <= 0):
-                raise ValueError(f"{option} must be {f'at least {low[name]}' if name in low else 'above 0'}, not {value}")
-        for name, choices in {"center": ("pixel", "global"), "projection": ("gram", "hash")}.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"--{name} must be {' or '.join(choices)}, not {getattr(self, name)!r}")
+            option, least = "--" + name.replace("_", "-"), {**low, "classes": 2}.get(name)
+            if type(value) in (int, float) and not (
+                    0 < value < math.inf if least is None else least <= value < math.inf):
+                bound = "above 0" if least is None else f"at least {least}"
+                raise ValueError(f"{option} must be {bound} and finite, not {value}")
+        choices = {"center": ("pixel", "global"), "projection": ("gram", "hash")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"--{name} must be {' or '.join(allowed)}, not "
+                                 f"{getattr(self, name)!r}")
         if max(self.burst, self.label_bias) > 1:
             raise ValueError("--burst and --label-bias are shares: at most 1")
         if self.d_model % self.heads or self.sweep_d_model % self.heads:
             raise ValueError(f"--heads {self.heads} must divide --d-model and --sweep-d-model")
         if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", self.sweep):
-            raise ValueError(f"--sweep must be numbers of tasks such as 16,128,1024, not {self.sweep!r}")
+            raise ValueError(f"--sweep must be numbers such as 16,128,1024, not {self.sweep!r}")
 
 
 PRESETS = {
-    "smoke": dict(length=12, batch=8, d_model=32, steps=15, sweep="", plateau=False, baselines=False,
-                  eval_sequences=64, measure_speed=False, log_every=5, save_every=5, warmup=5),
+    "smoke": dict(length=12, batch=8, d_model=32, steps=15, warmup=5, sweep="", plateau=False,
+                  baselines=False, eval_sequences=64, measure_speed=False, log_every=5,
+                  save_every=5),
     "quick": dict(),
-    "paper": dict(dataset="mnist", unseen="fashion_mnist", image_size=28, center="global", length=100, batch=512,
-                  burst=0.0, d_model=256, layers=4, heads=8, steps=50_000, sweep="64,256,1024,4096,16384,65536",
-                  sweep_d_model=256, sweep_steps=50_000, learning_rate=3e-4, warmup=500, bf16=True,
-                  eval_sequences=512, log_every=500, save_every=2500),
+    "paper": dict(dataset="mnist", unseen="fashion_mnist", image_size=28, center="global",
+                  length=100, batch=512, burst=0.0, d_model=256, layers=4, heads=8, steps=50_000,
+                  sweep="64,256,1024,4096,16384,65536", sweep_d_model=256, sweep_steps=50_000,
+                  baseline_steps=100_000, learning_rate=3e-4, warmup=500, bf16=True, log_every=500,
+                  save_every=2500),
 }
 
-# ---- 2. TASKS ----------------------------------------------------------------------------------------
-# First the base data: official image files, or glyphs drawn from matplotlib's fonts. Then the sampler of tasks.
+# ---- 2. TASKS ----------------------------------------------------------------------------------
+# First the base data: official image files, or glyphs drawn from matplotlib's fonts. Then the
+# sampler, which makes tasks and sequences of it.
 
 OFFICIAL = {  # data set: host, MD5 of each of FILES
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -165,9 +174,11 @@ OFFICIAL = {  # data set: host, MD5 of each of FILES
 FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
          "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 GLYPHS = {"glyph_digits": "0123456789", "glyph_letters": "ABCDEFGHIJ"}
-FONTS = [f"DejaVu{family}{style}" for family, slanted in (("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
-         for style in ("", "-Bold", f"-{slanted}", f"-Bold{slanted}")] + [
-    "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta", "cmr10", "cmb10", "cmss10", "cmti10", "cmtt10"]
+FONTS = [f"DejaVu{family}{style}" for family, slanted in (
+    ("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
+    for style in ("", "-Bold", f"-{slanted}", f"-Bold{slanted}")] + [
+    "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta",
+    "cmr10", "cmb10", "cmss10", "cmti10", "cmtt10"]
 
 
 class Dataset(NamedTuple):
@@ -178,18 +189,22 @@ class Dataset(NamedTuple):
 
 
 def load_idx(path):
-    """IDX file of bytes, gzipped or not -> uint8 tensor of the shape in its header. Raises ValueError, OSError."""
+    """IDX file of bytes, gzipped or not -> uint8 tensor, shaped as its header says.
+
+    Raises ValueError for a damaged file or another format, OSError for one that cannot be read.
+    """
     raw = pathlib.Path(path).read_bytes()
     try:
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): delete it and fetch it again") from None
-    if raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
+        raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again") from None
+    start = 4 + 4 * raw[3] if len(raw) > 3 else 4
+    if raw[:3] != b"\0\0\x08" or len(raw) < start:
         raise ValueError(f"{path} is not an IDX file of bytes: it should begin with 00 00 08")
-    start = 4 + 4 * raw[3]
     shape = struct.unpack(f">{raw[3]}I", raw[4:start])
     if len(raw) - start != math.prod(shape):
-        raise ValueError(f"{path} holds {len(raw) - start} values, its header says {' x '.join(map(str, shape))}")
+        raise ValueError(f"{path} has {len(raw) - start} values, its header says "
+                         f"{' x '.join(map(str, shape))}: fetch it again")
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8)[start:].view(shape)
 
 
@@ -198,31 +213,35 @@ def fetch(name, file, path):
     host, *sums = OFFICIAL[name]
     path.parent.mkdir(parents=True, exist_ok=True)
     part, md5 = path.with_suffix(".part"), hashlib.md5()
-    with urllib.request.urlopen(host + file, timeout=60) as source, open(part, "wb") as target, tqdm(
-            total=int(source.headers.get("Content-Length", 0)), unit="B", unit_scale=True, desc=file) as bar:
-        while chunk := source.read(1 << 16):
-            target.write(chunk), md5.update(chunk), bar.update(len(chunk))
+    with urllib.request.urlopen(host + file, timeout=60) as source, open(part, "wb") as target:
+        size = int(source.headers.get("Content-Length", 0))
+        with tqdm(total=size, unit="B", unit_scale=True, desc=file) as bar:
+            while chunk := source.read(1 << 16):
+                target.write(chunk), md5.update(chunk), bar.update(len(chunk))
     if md5.hexdigest() != sums[FILES.index(file)]:
         part.unlink()
-        raise ValueError(f"{host}{file} has MD5 {md5.hexdigest()}, expected {sums[FILES.index(file)]}: not kept")
+        raise ValueError(f"{host}{file} has MD5 {md5.hexdigest()}, not "
+                         f"{sums[FILES.index(file)]}: not kept")
     os.replace(part, path)
 
 
 def load_images(name, data_dir, download=False):
-    """-> [(images (N, h, w) in [0, 1], labels (N,))] for train and t10k, or for t10k alone where train is missing."""
+    """-> [(images (N, h, w) in [0, 1], labels (N,))] for train and t10k, or t10k alone."""
     splits = []
     for files in (FILES[:2], FILES[2:]):
         paths = [pathlib.Path(data_dir) / name / file for file in files]
-        if files == FILES[:2] and not download and not any(path.exists() for path in paths):
-            continue
-        for path, file in zip(paths, files):
+        for path in paths:
             if download and not path.exists():
-                fetch(name, file, path)
+                fetch(name, path.name, path)
+        if files == FILES[:2] and not any(path.exists() for path in paths):
+            continue
+        for path in paths:
             if not path.exists():
-                raise FileNotFoundError(f"{path} is missing: put the official file there, or add --download")
+                raise FileNotFoundError(f"{path} is missing: put it there, or add --download")
         images, labels = load_idx(paths[0]), load_idx(paths[1])
         if images.dim() != 3 or labels.shape != images.shape[:1] or not len(labels):
-            raise ValueError(f"{paths[1]}: labels {tuple(labels.shape)} do not fit the images {tuple(images.shape)}")
+            raise ValueError(f"{paths[1]}: labels {tuple(labels.shape)} do not fit the images "
+                             f"{tuple(images.shape)}")
         splits.append((images.float() / 255, labels.long()))
     return splits
 
@@ -232,10 +251,11 @@ def load_features(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             x, y = torch.from_numpy(file["x"]).float().flatten(1), torch.from_numpy(file["y"])
-    except (KeyError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} must be an .npz file with arrays x (N, D) and y (N,): {error}") from None
+    except (KeyError, EOFError, ValueError, IndexError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} must hold arrays x (N, D) and y (N,): {error}") from None
     if y.shape != x.shape[:1] or y.is_floating_point() or not x.isfinite().all():
-        raise ValueError(f"{path}: x {tuple(x.shape)} must be finite and y {tuple(y.shape)} its integer classes")
+        raise ValueError(f"{path}: x {tuple(x.shape)} must be finite, y {tuple(y.shape)} its "
+                         f"integer classes")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     return [(x[order], y[order].long())]
 
@@ -244,9 +264,10 @@ def glyph_rasters(characters):
     """Each character in each font, longer side 24 pixels, centred: (C, fonts, 32, 32) in [0, 1]."""
     import matplotlib
     from matplotlib.ft2font import FT2Font
+    folder = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     rasters = torch.zeros(len(characters), len(FONTS), 32, 32)
     for f, name in enumerate(FONTS):
-        font = FT2Font(str(pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"))
+        font = FT2Font(str(folder / f"{name}.ttf"))
         font.set_size(26, 72)
         for c, character in enumerate(characters):
             font.set_text(character)
@@ -255,111 +276,122 @@ def glyph_rasters(characters):
             rows, columns = ink.amax(1).nonzero().flatten(), ink.amax(0).nonzero().flatten()
             ink = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
             h, w = (max(1, round(side * 24 / max(ink.shape))) for side in ink.shape)
-            rasters[c, f, (32 - h) // 2:(32 + h) // 2, (32 - w) // 2:(32 + w) // 2] = F.interpolate(
-                ink[None, None], (h, w), mode="bilinear", antialias=True)[0, 0]
+            ink = F.interpolate(ink[None, None], (h, w), mode="bilinear", antialias=True)[0, 0]
+            top, left = (32 - h) // 2, (32 - w) // 2
+            rasters[c, f, top:top + h, left:left + w] = ink
     return rasters
 
 
 def glyphs(characters, per_class, image_size, distort, generator):
     """Characters in random fonts, randomly turned, scaled, sheared and shifted, all in one batch.
 
-    -> images (N, image_size, image_size) in [0, 1], labels (N,), N = len(characters) * per_class, on the generator's
-    device. distort: 0 leaves the fonts alone, 1 is hard.
+    -> images (N, image_size, image_size) in [0, 1], labels (N,), N = len(characters) * per_class,
+    on the generator's device. distort: 0 leaves the fonts alone, 1 is hard.
     """
     device, n = generator.device, len(characters) * per_class
     labels = torch.arange(len(characters), device=device).repeat(per_class)
     fonts = torch.randint(len(FONTS), (n,), generator=generator, device=device)
     uniform = distort * (torch.rand(6, n, generator=generator, device=device) * 2 - 1)
-    turn, shear, (scale_x, scale_y), shift = 0.26 * uniform[0], 0.2 * uniform[1], (0.2 * uniform[2:4]).exp(), 0.12 * uniform[4:]
-    cos, sin = turn.cos(), turn.sin()
-    affine = torch.stack([torch.stack([cos * scale_x, (shear * cos - sin) * scale_y, shift[0]], 1),
-                          torch.stack([sin * scale_x, (shear * sin + cos) * scale_y, shift[1]], 1)], 1)  # (N, 2, 3)
-    grid = F.affine_grid(affine, (n, 1, 2 * image_size, 2 * image_size), align_corners=False)
-    rasters = glyph_rasters(characters).to(device)[labels, fonts]                    # (N, 32, 32)
-    return F.avg_pool2d(F.grid_sample(rasters[:, None], grid, align_corners=False), 2)[:, 0], labels
+    turn, shear, shift = 0.26 * uniform[0], 0.2 * uniform[1], 0.12 * uniform[4:]
+    (scale_x, scale_y), cos, sin = (0.2 * uniform[2:4]).exp(), turn.cos(), turn.sin()
+    affine = torch.stack([cos * scale_x, (shear * cos - sin) * scale_y, shift[0],
+                          sin * scale_x, (shear * sin + cos) * scale_y, shift[1]], 1)
+    shape = (n, 1, 2 * image_size, 2 * image_size)
+    grid = F.affine_grid(affine.view(n, 2, 3), shape, align_corners=False)
+    rasters = glyph_rasters(characters).to(device)[labels, fonts][:, None]     # (N, 1, 32, 32)
+    return F.avg_pool2d(F.grid_sample(rasters, grid, align_corners=False), 2)[:, 0], labels
 
 
 def load_dataset(name, cfg, device, held_out=False):
     """-> (train, test): two `Dataset`s on `device`, both normalised by the statistics of train.
 
-    Data without a train split is cut: its last fifth is the test split. With `held_out` (data for meta-testing only)
-    all of it is, and gives its own statistics; the paper, too, normalises each data set by itself.
+    Data without a train split is cut: its last fifth is the test split. With `held_out` (data for
+    meta-testing only) all of it is, and gives its own statistics; the paper, too, normalises every
+    data set by itself.
     """
     if name in GLYPHS:
         generator = torch.Generator(device).manual_seed(list(GLYPHS).index(name))
-        splits = [glyphs(GLYPHS[name], 500, cfg.image_size, cfg.distort, generator) for _ in ("train", "test")]
+        draws = (GLYPHS[name], 500, cfg.image_size, cfg.distort, generator)
+        splits = [glyphs(*draws), glyphs(*draws)]
     elif name in OFFICIAL:
         splits = load_images(name, cfg.data_dir, cfg.download)
     elif name.endswith(".npz"):
         splits = load_features(name)
     else:
-        raise ValueError(f"unknown data set {name!r}: {', '.join([*GLYPHS, *OFFICIAL])} or FILE.npz")
+        raise ValueError(f"no data set {name!r}: {', '.join([*GLYPHS, *OFFICIAL])} or FILE.npz")
     if len(splits) == 1:
         (x, y), cut = splits[0], len(splits[0][0]) * 4 // 5
         splits = [(x, y), (x, y)] if held_out else [(x[:cut], y[:cut]), (x[cut:], y[cut:])]
-    prepared = []
-    for x, y in splits:
+    for s, (x, y) in enumerate(splits):
         if set(range(cfg.classes)) - set(y.tolist()) or y.min() < 0:
-            raise ValueError(f"{name} has the classes {sorted(set(y.tolist()))}: --classes {cfg.classes} needs 0 .. {cfg.classes - 1}")
+            raise ValueError(f"{name} has the classes {sorted(set(y.tolist()))}, --classes "
+                             f"{cfg.classes} needs 0 to {cfg.classes - 1}")
         x, y = x[y < cfg.classes].to(device), y[y < cfg.classes].to(device)
         if len(x) < cfg.length:
-            raise ValueError(f"{name} has a split of {len(x)} examples, a sequence needs --length {cfg.length}")
+            raise ValueError(f"{name} has {len(x)} examples in a split: --length {cfg.length} "
+                             f"is too long")
         if x.dim() == 3:
             x = F.interpolate(x[:, None], (cfg.image_size,) * 2, mode="bilinear", antialias=True)
-            x = x.expand(-1, 3 if cfg.rgb else 1, -1, -1).flatten(1)                 # (N, D)
-        prepared.append((x, y))
-    reference = prepared[0][0]
-    mean = reference.mean(0) if cfg.center == "pixel" else reference.mean()
-    std = (reference - mean).std()
+            x = x.expand(-1, 3 if cfg.rgb else 1, -1, -1).flatten(1)           # (N, D)
+        splits[s] = x, y
+    train = splits[0][0]
+    mean = train.mean(0) if cfg.center == "pixel" else train.mean()
+    std = (train - mean).std()
     if not std > 1e-6:
         raise ValueError(f"{name} is constant: nothing tells its examples apart")
-    return [Dataset((x - mean) / std, y, cfg.classes) for x, y in prepared]
+    return [Dataset((x - mean) / std, y, cfg.classes) for x, y in splits]
 
 
 WORD = 0xFFFFFFFF
 
 
 def mix(x):
-    """Scramble 32-bit words held in int64: xor-shift-multiply with the constants known as lowbias32."""
+    """Scramble 32-bit words held in int64: xor-shift-multiply, constants known as lowbias32."""
     x = ((x >> 16) ^ x) * 0x7FEB352D & WORD
     x = ((x >> 15) ^ x) * 0x846CA68B & WORD
     return (x >> 16) ^ x
 
 
 def task_bits(ids, count, start=0):
-    """Task ids (...) -> their random 32-bit words number start .. start + count - 1, int64 (..., count)."""
+    """Task ids (...) -> (..., count) int64: their random 32-bit words from number `start` on."""
     key1 = mix(ids & WORD ^ mix(ids >> 32 & WORD))
     key2 = mix(key1 + 0x9E3779B9 & WORD)
     counter = torch.arange(start, start + count, device=ids.device)
-    # Two keyed rounds. After one, every task would be a window of the same stream, shifted by its key.
+    # Two keyed rounds. After one, every task would be a shifted window of the same stream.
     return mix(mix(counter + key1[..., None] & WORD) ^ key2[..., None])
 
 
 def normal_from_bits(bits):
-    """32-bit words -> standard normals. 23 bits and a half are exact in float32; with 24 some become infinite."""
+    """32-bit words -> standard normals. 23 bits and a half are exact in float32; from 24, the
+    largest would round to 1, an infinite draw."""
     return math.sqrt(2) * torch.erfinv(((bits >> 9).float() + 0.5) / 2**22 - 1)
 
 
 def task_matrix(ids, n_in):
-    """Task ids (...) -> A (..., n_in, n_in), entries N(0, 1/n_in): the variance, not the deviation. Same id, same A."""
-    return (normal_from_bits(task_bits(ids, n_in * n_in)) / math.sqrt(n_in)).unflatten(-1, (n_in, n_in))
+    """Task ids (...) -> A (..., n_in, n_in), entries N(0, 1/n_in). Same id, same A.
+
+    1/n_in is the variance, so that A keeps lengths. As a deviation, a common slip, it shrinks the
+    inputs by sqrt(n_in), and the label drowns them.
+    """
+    bits = task_bits(ids, n_in * n_in)
+    return (normal_from_bits(bits) / math.sqrt(n_in)).unflatten(-1, (n_in, n_in))
 
 
 def task_permutation(ids, classes):
-    """Task ids (...) -> rho (..., classes): class c is called rho[c] in this task. Same id, same rho."""
+    """Task ids (...) -> rho (..., classes): class c is called rho[c]. Same id, same rho."""
     return task_bits(ids, classes, start=1 << 31).sort(dim=-1, stable=True).indices
 
 
 def gram_projection(x, noise=None):
-    """x (..., T, D) -> x A^T with a fresh task matrix A for every sequence, without making one.
+    """x (..., T, D) -> x A^T with a fresh task matrix A a sequence, without making one.
 
-    The D outputs are independent, each Gaussian over the T inputs with covariance G = x x^T / D. So L noise with
-    L L^T = G has exactly the law of x A^T, from T D random numbers instead of D^2 and with T^2 D multiply-adds
-    instead of T D^2. noise (..., T, D): standard normal.
+    The D outputs are independent, each Gaussian over the T inputs with covariance G = x x^T / D.
+    So L noise with L L^T = G has exactly the law of x A^T, from T D random numbers instead of D^2
+    and T^2 D multiply-adds instead of T D^2. noise (..., T, D): standard normal.
     """
     gram = x @ x.mT / x.shape[-1]
-    gram.diagonal(dim1=-2, dim2=-1).add_(1e-4)           # repeated images make G singular
-    factor = torch.linalg.cholesky_ex(gram)[0]           # _ex: without an error check, which would stop the GPU
+    gram.diagonal(dim1=-2, dim2=-1).add_(1e-4)       # repeated images make G singular
+    factor = torch.linalg.cholesky_ex(gram)[0]       # _ex: no error check, which would stop a GPU
     return factor @ (torch.randn_like(x) if noise is None else noise)
 
 
@@ -372,41 +404,43 @@ class Variant(NamedTuple):
 
 
 def draw(kind, generators, *shape):
-    """One draw a seed, each from its own generator: a seed alone equals its slice of a joint run."""
+    """One draw a seed from its own generator: a seed alone equals its slice of a joint run."""
     return torch.stack([kind(shape, generator=g, device=g.device) for g in generators])
 
 
-def sample_batch(data, variants, seeds, generators, batch, length, bank=None, distinct=False, projection="gram"):
-    """Sequences for a whole stack -> x (S, B, T, D), y (S, B, T), S = seeds x variants, seeds first.
+def sample_batch(data, variants, seeds, generators, batch, length, bank=None, distinct=False,
+                 projection="gram"):
+    """Sequences for a whole stack -> x (S, B, T, D), y (S, B, T); S = seeds x variants.
 
-    data        `Dataset` to draw from;  variants: list of `Variant`, those with finite num_tasks first
-    seeds       integers, one generator each. Seed s has tasks of its own, ids s 2^32 + 0 .. K - 1; its variants
-                all see the same images and noise, so that they can be compared in pairs
+    data        `Dataset` to draw from
+    variants    list of `Variant`, those with finite num_tasks first
+    seeds       integers, a generator each. Seed s has tasks of its own, ids s 2^32 + 0 .. K - 1;
+                all its variants see the same images and noise, for paired comparisons
     bank        (seeds, K', D, D): matrices made before, for the variants with K <= K'
-    distinct    no image twice in a sequence, for a fair test; training draws with replacement, like the paper
+    distinct    no image twice in a sequence: a fair test. Training draws with replacement
     """
     n, g = len(data.x), torch.arange(len(seeds), device=data.x.device)
-    share = lambda name: torch.tensor([getattr(variant, name) for variant in variants], device=g.device)[:, None]
-    uniform = lambda *shape: draw(torch.rand, generators, 1, batch, *shape)          # (G, 1, B, ...)
+    share = lambda field: torch.tensor([[getattr(v, field)] for v in variants], device=g.device)
+    uniform = lambda *shape: draw(torch.rand, generators, 1, batch, *shape)    # (G, 1, B, ...)
     index = uniform(n).topk(length).indices if distinct else (uniform(length) * n).long()
-    # Burst (ours): ten images make up a sequence. Copying the label of an identical earlier input is the easiest
-    # form of in-context learning, and a stepping stone to the general form.
+    # Burst (ours): ten images make up a sequence. Copying the label of an identical earlier input
+    # is the easiest form of in-context learning, and a stepping stone to the general form.
     ten = (uniform(10) * n).long().gather(-1, (uniform(length) * 10).long())
-    index = torch.where((uniform() < share("burst"))[..., None], ten, index)         # (G, V, B, T)
+    index = torch.where((uniform() < share("burst"))[..., None], ten, index)   # (G, V, B, T)
     x, y = data.x[index], data.y[index]
     noise = draw(torch.randn, generators, 1, batch, *x.shape[-2:])
-    rho = uniform(data.classes).argsort(-1).expand(-1, len(variants), -1, -1)        # (G, V, B, C)
-    number = draw(lambda shape, **more: torch.randint(1 << 40, shape, **more), generators, batch)    # (G, B)
+    rho = uniform(data.classes).argsort(-1).expand(-1, len(variants), -1, -1)  # (G, V, B, C)
+    number = draw(lambda shape, **more: torch.randint(1 << 40, shape, **more), generators, batch)
     xs, rhos = [], []
-    for v, variant in enumerate(variants):           # a loop, since at paper size one variant's matrices take 1.3 GB
+    for v, variant in enumerate(variants):   # a loop: at paper size each one's matrices take 1.3 GB
         if not variant.num_tasks and projection == "gram":
-            xs.append(gram_projection(x[:, v:], noise))                              # this and all that follow
+            xs.append(gram_projection(x[:, v:], noise))                        # all that follow
             rhos.append(rho[:, v:])
             break
-        number_of_task = number % variant.num_tasks if variant.num_tasks else number + (1 << 62)
-        ids = number_of_task + (torch.tensor(seeds, device=g.device) << 32)[:, None]
+        task = number % variant.num_tasks if variant.num_tasks else number + (1 << 62)   # (G, B)
+        ids = task + (torch.tensor(seeds, device=g.device) << 32)[:, None]
         known = bank is not None and 0 < variant.num_tasks <= bank.shape[1]
-        matrices = bank[g[:, None], number_of_task] if known else task_matrix(ids, x.shape[-1])
+        matrices = bank[g[:, None], task] if known else task_matrix(ids, x.shape[-1])
         xs.append((x[:, v] @ matrices.mT)[:, None])
         rhos.append(task_permutation(ids, data.classes)[:, None])
     fixed = (uniform() < share("label_bias"))[..., None]
@@ -415,23 +449,23 @@ def sample_batch(data, variants, seeds, generators, batch, length, bank=None, di
 
 
 def random_batch(generators, batch, length, n_in, classes):
-    """The paper's `random` data: ten points U(0, 1)^D with independent uniform labels, drawn with replacement.
-
-    -> x (seeds, B, T, D), y (seeds, B, T), normalised and projected; identical inputs stay identical.
-    """
+    """The paper's `random` data: ten points U(0, 1)^D with independent uniform labels, drawn with
+    replacement -> x (seeds, B, T, D), y (seeds, B, T). Identical inputs stay identical."""
     points = (draw(torch.rand, generators, batch, 10, n_in) - 0.5) * math.sqrt(12)
     points = gram_projection(points, draw(torch.randn, generators, batch, 10, n_in))
     labels = (draw(torch.rand, generators, batch, 10) * classes).long()
     which = (draw(torch.rand, generators, batch, length) * 10).long()
-    return points.gather(2, which[..., None].expand(-1, -1, -1, n_in)), labels.gather(2, which)
+    x = points.gather(2, which[..., None].expand(-1, -1, -1, n_in))
+    return x, labels.gather(2, which)
 
 
-# ---- 3. MODEL ----------------------------------------------------------------------------------------
-# Four predictors f(x, y) -> logits. They differ in how much they can carry from one example to the next.
+# ---- 3. MODEL ----------------------------------------------------------------------------------
+# Four predictors, model(x (B, T, D), y (B, T)) -> logits (B, T, C). They differ in how much they
+# carry from one example to the next: state_size(T) numbers.
 
 
 def tokens(x, y, classes):
-    """x (B, T, D), y (B, T) -> (B, T, D + C): input j beside the one-hot label j - 1. Never label j itself."""
+    """-> (B, T, D + C): input j beside the one-hot label j - 1. Never label j itself."""
     onehot = (y[..., None] == torch.arange(classes, device=y.device)).to(x.dtype)
     return torch.cat([x, F.pad(onehot, (0, 0, 1, 0))[..., :-1, :]], -1)
 
@@ -444,10 +478,10 @@ def zero_head(width, classes):
 
 
 def causal_attention(q, k, v):
-    """q, k, v (..., T, d) -> (..., T, d): position t reads positions up to t."""
+    """q, k, v (..., T, d) -> (..., T, d); position t reads positions up to t."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # On CPU the fused kernel is no faster at these lengths, and it cannot run under vmap.
+    # On CPU the fused kernel is no faster at these lengths, and it does not run under vmap.
     future = torch.full((q.shape[-2],) * 2, -torch.inf, device=q.device).triu(1)
     return (q / math.sqrt(q.shape[-1]) @ k.mT + future).softmax(-1) @ v
 
@@ -462,51 +496,48 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
         self.up, self.down = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
 
-    def forward(self, h):                                                            # (B, T, H)
-        q, k, v = self.qkv(self.norm1(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def forward(self, h):                                                      # (B, T, H)
+        qkv = self.qkv(self.norm1(h)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (B, heads, T, d)
         h = h + self.out(causal_attention(q, k, v).transpose(1, 2).flatten(2))
         return h + self.down(F.relu(self.up(self.norm2(h))))
 
 
 class Transformer(nn.Module):
-    """Causal transformer over tokens. model(x (B, T, D), y (B, T)) -> logits (B, T, C); T <= length."""
+    """Causal transformer. State: its keys and values, which grow with the sequence."""
 
     def __init__(self, n_in, classes, length, d_model, layers, heads):
         super().__init__()
         self.classes = classes
         self.embed = nn.Linear(n_in + classes, d_model)
-        # Label j - 1 arrives one step after input j - 1, so the circuit needs "the token before me": positions
-        # must not drown in the D random inputs. The usual deviation of 0.02 does.
+        # Label j - 1 comes one step after input j - 1: the circuit must find "the token before me".
+        # Positions at the usual deviation of 0.02 would drown in the D random inputs.
         self.position = nn.Parameter(0.5 * torch.randn(length, d_model))
         self.blocks = nn.Sequential(*[Block(d_model, heads) for _ in range(layers)])
         self.norm, self.head = nn.LayerNorm(d_model), zero_head(d_model, classes)
 
     def forward(self, x, y):
-        h = self.embed(tokens(x, y, self.classes)) + self.position[:x.shape[1]]      # (B, T, H)
+        h = self.embed(tokens(x, y, self.classes)) + self.position[:x.shape[1]]
         return self.head(self.norm(self.blocks(h)))
 
     def state_size(self, length):
-        """Numbers in the key-value cache after `length` examples."""
         return 2 * len(self.blocks) * self.position.shape[1] * length
 
 
 class LSTM(nn.Module):
-    """LSTM with nn.LSTM's equations and initial scale; a loop, since nn.LSTM cannot run under vmap.
-
-    model(x (B, T, D), y (B, T)) -> logits (B, T, C).
-    """
+    """nn.LSTM's equations and initial scale, as a loop: nn.LSTM does not run under vmap."""
 
     def __init__(self, n_in, classes, hidden):
         super().__init__()
         self.classes = classes
-        self.input, self.recurrent = nn.Linear(n_in + classes, 4 * hidden), nn.Linear(hidden, 4 * hidden)
-        for layer in (self.input, self.recurrent):
-            nn.init.uniform_(layer.weight, -hidden**-0.5, hidden**-0.5)
-            nn.init.uniform_(layer.bias, -hidden**-0.5, hidden**-0.5)
+        self.input = nn.Linear(n_in + classes, 4 * hidden)
+        self.recurrent = nn.Linear(hidden, 4 * hidden)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -hidden**-0.5, hidden**-0.5)
         self.head = zero_head(hidden, classes)
 
     def forward(self, x, y):
-        drive, outputs = self.input(tokens(x, y, self.classes)), []                  # (B, T, 4 hidden)
+        drive, outputs = self.input(tokens(x, y, self.classes)), []            # (B, T, 4 hidden)
         h = c = drive.new_zeros(x.shape[0], self.recurrent.in_features)
         for now in drive.unbind(1):
             i, f, g, o = (now + self.recurrent(h)).chunk(4, -1)
@@ -520,9 +551,9 @@ class LSTM(nn.Module):
 
 
 class OuterProductLSTM(nn.Module):
-    """LSTM whose cell is a matrix a head, written by outer products and read by a product with a query.
+    """LSTM whose cell is a matrix a head, written by outer products and read by a query.
 
-    model(x (B, T, D), y (B, T)) -> logits (B, T, C). State heads * size^2: as large as its parameters.
+    Its state, heads * size^2, is as large as its parameters; an LSTM's is about their square root.
     """
 
     def __init__(self, n_in, classes, heads, size):
@@ -533,19 +564,20 @@ class OuterProductLSTM(nn.Module):
         self.head = zero_head(heads * size, classes)
 
     def cell(self, gates, c):
-        """gates (..., 8, size), c (..., size, size) -> new c, output (..., size)."""
-        a, b, query, out = gates[..., :3, :], gates[..., 3:6, :], gates[..., 6, :], gates[..., 7, :]
-        i, f, g = (a[..., :, None] * b[..., None, :]).unbind(-3)                     # outer products
+        """gates (..., 8, size), c (..., size, size) -> next c, output (..., size)."""
+        a, b, query, out = gates.split((3, 3, 1, 1), -2)
+        i, f, g = (a[..., :, None] * b[..., None, :]).unbind(-3)               # outer products
         c = (f + 1).sigmoid() * c + i.sigmoid() * g
-        return c, out.sigmoid() * (c @ query[..., None])[..., 0].tanh()
+        return c, (out.sigmoid() * (c @ query.mT).mT.tanh()).squeeze(-2)
 
     def forward(self, x, y):
         drive, outputs = self.input(tokens(x, y, self.classes)), []
         h = drive.new_zeros(x.shape[0], self.heads * self.size)
         c = drive.new_zeros(x.shape[0], self.heads, self.size, self.size)
         for now in drive.unbind(1):
-            c, h = self.cell((now + self.recurrent(h)).unflatten(-1, (self.heads, 8, self.size)), c)
-            h = h.flatten(1)                                                         # (B, heads * size)
+            gates = (now + self.recurrent(h)).unflatten(-1, (self.heads, 8, self.size))
+            c, h = self.cell(gates, c)
+            h = h.flatten(1)                                                   # (B, heads * size)
             outputs.append(h)
         return self.head(torch.stack(outputs, 1))
 
@@ -554,15 +586,12 @@ class OuterProductLSTM(nn.Module):
 
 
 class MLP(nn.Module):
-    """The memory-less classifier: sees x, never a label. It can memorise K tasks and nothing else.
-
-    model(x (B, T, D), y (B, T)) -> logits (B, T, C); y is ignored.
-    """
+    """The memory-less classifier: it reads x, never a label. It can only memorise tasks."""
 
     def __init__(self, n_in, classes, hidden):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(n_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
-                                    zero_head(hidden, classes))
+        self.layers = nn.Sequential(nn.Linear(n_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden),
+                                    nn.ReLU(), zero_head(hidden, classes))
 
     def forward(self, x, y):
         return self.layers(x)
@@ -571,35 +600,35 @@ class MLP(nn.Module):
         return 0
 
 
-# ---- 4. LEARNING RULE --------------------------------------------------------------------------------
-# Meta-training is plain gradient descent on the paper's objective J: there is no inner loss. What is learned is
-# in how the task distribution is made (section 2). All runs of a stack take each step together.
+# ---- 4. LEARNING RULE --------------------------------------------------------------------------
+# Meta-training is plain gradient descent on the paper's objective J: there is no inner loss. What
+# is learned is decided by the tasks (section 2). All runs of a stack take each step together.
 
 
 def stacked(model):
-    """-> f(params, x, y): the model with a leading stack axis S on its parameters, x, y and logits."""
+    """-> f(params, x, y): the model, with a stack axis S in front of all it takes and gives."""
     one = lambda params, x, y: functional_call(model, params, (x, y))
 
     def forward(params, x, y):
-        if len(x) == 1:                      # a stack of one: plain layers are a fifth faster than batched ones
+        if len(x) == 1:                      # a stack of one: plain layers are a fifth faster
             return one({name: p[0] for name, p in params.items()}, x[0], y[0])[None]
         return vmap(one)(params, x, y)
     return forward
 
 
 def initial_stack(build, seeds, variants, device):
-    """-> {name: (S, ...)}: each seed draws its own weights; all variants of a seed start from the same."""
+    """-> {name: (S, ...)}: weights of each seed's own, the same for all variants of the seed."""
     models = []
     for seed in seeds:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             models += [dict(build().named_parameters())] * variants
-    return {name: torch.stack([model[name].detach() for model in models]).to(device).requires_grad_()
-            for name in models[0]}
+    return {name: torch.stack([model[name].detach() for model in models]).to(device)
+            .requires_grad_() for name in models[0]}
 
 
 def sequence_loss(logits, y):
-    """J of every run: logits (S, B, T, C), y (S, B, T) -> (S,) nats, the mean over sequences and all positions."""
+    """J of each run: logits (S, B, T, C), y (S, B, T) -> (S,) nats, the mean over B and all T."""
     loss = F.cross_entropy(logits.float().flatten(0, 2), y.flatten(), reduction="none")
     return loss.view(y.shape[0], -1).mean(1)
 
@@ -607,13 +636,10 @@ def sequence_loss(logits, y):
 def clip_gradients(params, bound):
     """Scale each run's gradient, over all its parameters, to a norm of at most `bound`."""
     grads = [p.grad for p in params.values()]
-    norm = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads]).norm(dim=0)   # (S,)
-    scale = (bound / (norm + 1e-12)).clamp(max=1)
+    norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads])
+    scale = (bound / (norms.norm(dim=0) + 1e-12)).clamp(max=1)                 # (S,)
     for g in grads:
         g.mul_(scale.view(-1, *[1] * (g.dim() - 1)))
-
-
-# ---- 5. TRAINING -------------------------------------------------------------------------------------
 
 
 def meta_step(loss_function, params, adam, x, y, clip, run):
@@ -627,21 +653,15 @@ def meta_step(loss_function, params, adam, x, y, clip, run):
     return losses.detach()
 
 
-def task_bank(variants, seeds, n_in, device, limit=1 << 28):
-    """Matrices of all tasks of the finite variants, (seeds, K, D, D), as far as `limit` numbers hold them."""
-    sizes = [v.num_tasks for v in variants if len(seeds) * v.num_tasks * n_in**2 <= limit]
-    if not any(sizes):
-        return None
-    ids = torch.arange(max(sizes), device=device) + (torch.tensor(seeds, device=device) << 32)[:, None]
-    parts = ids.flatten().split(max(1, (1 << 24) // n_in**2))       # bounds the memory of the integer words
-    return torch.cat([task_matrix(part, n_in) for part in parts]).view(*ids.shape, n_in, n_in)
+# ---- 5. TRAINING -------------------------------------------------------------------------------
 
 
 def learner(cfg, run, build, seeds, variants, adam_eps=0.0):
-    """-> (f, params, adam, loss function): a stack of untrained models and what one step on it needs."""
-    forward, params = stacked(build().to(run.device)), initial_stack(build, seeds, variants, run.device)
-    adam = torch.optim.Adam(params.values(), lr=cfg.learning_rate, betas=(0.9, 0.98), eps=adam_eps or cfg.adam_eps,
-                            fused=run.device.type in ("cuda", "cpu"))
+    """-> (f, params, adam, loss function): an untrained stack and what a step on it needs."""
+    forward = stacked(build().to(run.device))
+    params = initial_stack(build, seeds, variants, run.device)
+    adam = torch.optim.Adam(params.values(), lr=cfg.learning_rate, betas=(0.9, 0.98),
+                            eps=adam_eps or cfg.adam_eps, fused=run.device.type != "mps")
 
     def loss_function(params, x, y):
         with torch.autocast(run.device.type, torch.bfloat16, enabled=cfg.bf16):
@@ -650,213 +670,243 @@ def learner(cfg, run, build, seeds, variants, adam_eps=0.0):
     return forward, params, adam, run.compile(loss_function)
 
 
+def task_bank(variants, seeds, n_in, device, limit=1 << 28):
+    """Matrices of all tasks of the finite variants, (seeds, K, D, D), up to `limit` numbers."""
+    sizes = [v.num_tasks for v in variants if len(seeds) * v.num_tasks * n_in**2 <= limit]
+    if not any(sizes):
+        return None
+    offset = (torch.tensor(seeds, device=device) << 32)[:, None]
+    ids = torch.arange(max(sizes), device=device) + offset                     # (seeds, K)
+    parts = ids.flatten().split(max(1, (1 << 24) // n_in**2))  # bounds the memory of the words
+    matrices = torch.cat([task_matrix(part, n_in) for part in parts])
+    return matrices.view(*ids.shape, n_in, n_in)
+
+
 def train(cfg, run, stage, build, variants, data, probe, steps, batch=0, adam_eps=0.0):
     """Meta-train one stack: every variant for every seed.
 
     build() -> model;  variants: list of `Variant`, finite K first;  data: `Dataset` to train on
-    probe: (x (seeds, E, T, D), y) of new tasks, evaluated every `log_every` steps without any bias
-    -> (f, params): the stacked forward function and the trained parameters, {name: (S, ...)}
+    probe: (x (seeds, E, T, D), y) of new tasks, read every `log_every` steps without any bias
+    -> (f, params): the stacked forward function, the trained parameters {name: (S, ...)}
     """
     seeds, v = run.seeds, len(variants)
     forward, params, adam, loss_function = learner(cfg, run, build, seeds, v, adam_eps)
     generators = [torch.Generator(run.device).manual_seed(seed) for seed in seeds]
     bank = task_bank(variants, seeds, data.x.shape[1], run.device)
-    running = torch.zeros(len(seeds) * v, device=run.device)         # training losses since the last log
+    running = torch.zeros(len(seeds) * v, device=run.device)   # sum of losses since the last log
     state = {"params": params, "adam": adam, "generators": generators, "running": running}
     for step in run.steps(stage, steps, state):
         # COLLECT
         x, y = sample_batch(data, variants, seeds, generators, batch or cfg.batch, cfg.length, bank,
-                            projection=cfg.projection)                               # (S, B, T, D), (S, B, T)
+                            projection=cfg.projection)                         # (S, B, T, D)
         # META UPDATE
-        adam.param_groups[0]["lr"] = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup))
+        rate = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup))
+        adam.param_groups[0]["lr"] = rate
         losses = meta_step(loss_function, params, adam, run.share(x), run.share(y), cfg.clip, run)
         running += losses
         run.watch(losses)
         # LOG
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
             with run.clock("evaluation"):
-                loss, accuracy = evaluate(forward, params, *probe)                   # (S, T)
+                loss, accuracy = evaluate(forward, params, *probe)             # (S, T)
                 run.average([running])
                 training = (running / (step % cfg.log_every + 1)).tolist()
                 running.zero_()
-            run.log([{"seed": seeds[i // v], "run": variants[i % v].name, "training_loss": training[i],
-                      "loss": loss[i].mean().item(), "late": late(accuracy[i])} for i in range(len(losses))])
+            run.log([{"seed": seeds[i // v], "run": variants[i % v].name,
+                      "training_loss": training[i], "loss": loss[i].mean().item(),
+                      "late": late(accuracy[i])} for i in range(len(losses))])
     return forward, params
 
 
-# ---- 6. EVALUATION -----------------------------------------------------------------------------------
+# ---- 6. EVALUATION -----------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def evaluate(forward, params, x, y):
-    """x (seeds or S, E, T, D), y (seeds or S, E, T) -> loss (S, T) and accuracy (S, T) by position, on the CPU."""
+    """x (seeds or S, E, T, D), y (seeds or S, E, T) -> loss (S, T), accuracy (S, T), on the CPU."""
     variants = len(next(iter(params.values()))) // len(x)
     losses, right = [], []
     for xs, ys in zip(x.split(128, 1), y.split(128, 1)):
         xs, ys = xs.repeat_interleave(variants, 0), ys.repeat_interleave(variants, 0)
-        logits = forward(params, xs, ys).float()                                     # (S, E', T, C)
+        logits = forward(params, xs, ys).float()                               # (S, E', T, C)
         losses.append(F.cross_entropy(logits.movedim(-1, 1), ys, reduction="none"))
         right.append(logits.argmax(-1) == ys)
     return torch.cat(losses, 1).mean(1).cpu(), torch.cat(right, 1).float().mean(1).cpu()
 
 
 def late(accuracy):
-    """Accuracy by position (T,) -> its mean over the last third of the positions (20-29 of 30)."""
+    """Accuracy by position (T,) -> its mean over the last third, positions 20-29 of 30."""
     return float(np.mean(np.asarray(accuracy)[-max(1, len(accuracy) // 3):]))
 
 
 def nearest_neighbour(x, y):
-    """x (B, T, D), y (B, T) -> predictions (B, T): the label of the nearest earlier input; class 0 at first."""
+    """x (B, T, D), y (B, T) -> predictions (B, T): the label of the nearest input before, or 0."""
     distance = torch.cdist(x, x)
-    distance = distance.masked_fill(torch.ones_like(distance[0], dtype=torch.bool).triu(), torch.inf)
-    prediction = y.gather(1, distance.argmin(-1))
+    later = torch.ones_like(distance[0], dtype=torch.bool).triu()
+    prediction = y.gather(1, distance.masked_fill(later, torch.inf).argmin(-1))
     prediction[:, 0] = 0
     return prediction
 
 
 def kernel_ridge(x, y, width=0.5, ridge=0.3):
-    """x (B, T, D), y (B, T) -> predictions (B, T) by Gaussian kernel ridge regression on the earlier examples.
+    """x (B, T, D), y (B, T) -> predictions (B, T) by kernel ridge regression on those before.
 
-    Kernel exp(-|x - x'|^2 / (2 width D)). One Cholesky factor answers for all T training sets: with K + ridge I
-    = L L^T, the leading block of L factorises the leading block of K, so the prediction at position j is
-    L[j, :j] (L^-1 onehot(y))[:j].
+    Kernel exp(-|x - x'|^2 / (2 width D)), in float64. One Cholesky factor serves all T training
+    sets: with K + ridge I = L L^T, a leading block of L factorises the same block of K + ridge I,
+    so that the prediction at position j is L[j, :j] (L^-1 onehot(y))[:j].
     """
-    kernel = (-torch.cdist(x.double(), x.double()).square() / (2 * width * x.shape[-1])).exp()
-    factor = torch.linalg.cholesky(kernel + ridge * torch.eye(x.shape[1], dtype=torch.float64, device=x.device))
+    x = x.double()
+    kernel = (-torch.cdist(x, x).square() / (2 * width * x.shape[-1])).exp()
+    factor = torch.linalg.cholesky(kernel + ridge * torch.eye(x.shape[1], device=x.device))
     solved = torch.linalg.solve_triangular(factor, F.one_hot(y).double(), upper=False)
     return (factor.tril(-1) @ solved).argmax(-1)
 
 
 def online_sgd(x, y, lr=0.01):
-    """x (B, T, D), y (B, T) -> predictions (B, T) of softmax regression from zero, one pass, one example a step."""
-    onehot = F.one_hot(y).to(x.dtype)
-    weight = x.new_zeros(x.shape[0], x.shape[2] + 1, onehot.shape[-1])               # (B, D + 1, C), last row bias
-    x = F.pad(x, (0, 1), value=1.0)
-    predictions = []
-    for t in range(x.shape[1]):
-        logits = (x[:, t, None] @ weight)[:, 0]                                      # (B, C)
+    """x (B, T, D), y (B, T) -> predictions (B, T) of softmax regression from zero weights, one
+    pass, one example a step, each predicted before it is learned."""
+    x, onehot = F.pad(x, (0, 1), value=1.0), F.one_hot(y).to(x.dtype)          # a one for the bias
+    weight, predictions = x.new_zeros(x.shape[0], x.shape[2], onehot.shape[-1]), []
+    for now, target in zip(x.unbind(1), onehot.unbind(1)):                     # (B, D + 1), (B, C)
+        logits = (now[:, None] @ weight)[:, 0]                                 # (B, C)
         predictions.append(logits.argmax(-1))
-        weight -= lr * x[:, t, :, None] * (logits.softmax(-1) - onehot[:, t])[:, None]
+        weight -= lr * now[:, :, None] * (logits.softmax(-1) - target)[:, None]
     return torch.stack(predictions, 1)
 
 
 def random_dataset_optimum(length):
-    """Best accuracy by position (T,) on `random`: the point was shown with probability 1 - 0.9^j, else a guess."""
+    """Best accuracy by position (T,) on `random`: at position j the point was shown before with
+    probability 1 - 0.9^(j-1), else one can only guess: 1 - 0.9^j together."""
     return 1 - 0.9 ** torch.arange(1, length + 1, dtype=torch.float64)
 
 
 def reference_curves(tests, validation):
     """Accuracy by position of the hand-written rules: {test set: {rule: (seeds, T)}}.
 
-    Their settings are those with the best mean accuracy on `validation`, training images under new tasks; both
-    arguments hold x (seeds, B, T, D), y (seeds, B, T).
+    Their settings are the best on average on `validation`, training images under new tasks; both
+    arguments hold x (seeds, E, T, D), y (seeds, E, T).
     """
-    x, y = (t[0, :256] for t in validation)
+    x, y = (t[0, :256].cpu() for t in validation)
     score = lambda prediction: (prediction == y).float().mean().item()
     rate = max((0.001, 0.003, 0.01, 0.03, 0.1), key=lambda lr: score(online_sgd(x, y, lr)))
-    kernel = max(((w, r) for w in (0.25, 0.5, 1.0) for r in (0.03, 0.3)), key=lambda k: score(kernel_ridge(x, y, *k)))
+    kernel = max(((width, ridge) for width in (0.25, 0.5, 1.0) for ridge in (0.03, 0.3)),
+                 key=lambda setting: score(kernel_ridge(x, y, *setting)))
     rules = {"1-NN": nearest_neighbour, "kernel ridge": lambda x, y: kernel_ridge(x, y, *kernel),
              "online SGD": lambda x, y: online_sgd(x, y, rate)}
-    return {name: {rule: torch.stack([(predict(xs, ys) == ys).float().mean(0) for xs, ys in zip(x, y)])
-                   for rule, predict in rules.items()} for name, (x, y) in tests.items()}
+    accuracy = lambda rule, x, y: (rule(x.cpu(), y.cpu()) == y.cpu()).float().mean(0)
+    return {name: {rule: torch.stack([accuracy(rules[rule], *seed) for seed in zip(x, y)])
+                   for rule in rules} for name, (x, y) in tests.items()}
 
 
-def measure_speed(cfg, data, run, repeats=7):
-    """Rates and ratios for the learner of this configuration and for the paper's shapes.
+def measure_speed(cfg, data, run, repeats=5):
+    """Rates and ratios of the learner of this configuration and of the paper's shapes.
 
-    Each repeat times all the works in turn, so that a ratio compares the same moments of a noisy machine.
+    Each repeat times all works in turn: a ratio compares the same moments of a noisy machine.
     """
     device, rates, size = run.device, {}, 32 if run.device.type == "cpu" else 512
-    noise = Dataset(torch.randn(2000, 784, device=device), torch.zeros(2000, dtype=torch.long, device=device), 10)
-    for name, source, batch, length, d_model, layers, heads in (
-            ("this_run", data, cfg.batch, cfg.length, cfg.d_model, cfg.layers, cfg.heads),
-            ("paper_shapes", noise, size, 100, 256, 4, 8)):
-        n_in, square = source.x.shape[1], torch.randn(2048, 2048, device=device)
-        forward, params, adam, loss_function = learner(
-            cfg, run, lambda: Transformer(n_in, source.classes, length, d_model, layers, heads), [0], 1)
-        generators = [torch.Generator(device).manual_seed(0)]
-        sample = lambda: sample_batch(source, [Variant("", 0, cfg.burst)], [0], generators, batch, length)
+    noise = Dataset(torch.randn(2000, 784, device=device), data.y.new_zeros(2000), 10)
+    for name, source, shape in (
+            ("this_run", data, (cfg.batch, cfg.length, cfg.d_model, cfg.layers, cfg.heads)),
+            ("paper_shapes", noise, (size, 100, 256, 4, 8))):
+        (batch, length, width, layers, heads), n_in = shape, source.x.shape[1]
+        build = lambda: Transformer(n_in, source.classes, length, width, layers, heads)
+        _, params, adam, loss_function = learner(cfg, run, build, [0], 1)
+        generators, square = [torch.Generator(device)], torch.randn(2048, 2048, device=device)
+        kinds = [Variant("", 0, cfg.burst)]
+        sample = lambda: sample_batch(source, kinds, [0], generators, batch, length)
         x, y = sample()
-        works = {"step": lambda: meta_step(loss_function, params, adam, x, y, cfg.clip, run), "data": sample,
-                 "product": lambda: square @ square, "gram": lambda: gram_projection(x[0]),
-                 "matrices": lambda: x[0] @ (torch.randn(batch, n_in, n_in, device=device) / n_in**0.5).mT}
-        times = {work: [] for work in works}
+        works = {"step": lambda: meta_step(loss_function, params, adam, x, y, cfg.clip, run),
+                 "data": sample, "product": lambda: square @ square,
+                 "gram": lambda: gram_projection(x[0]),
+                 "matrices": lambda: x[0] @ torch.randn(batch, n_in, n_in, device=device)}
+        took = {work: [] for work in works}
         for _ in range(repeats + 2):
             for work, function in works.items():
                 synchronise(device)
                 start = time.perf_counter()
                 function()
                 synchronise(device)
-                times[work].append(time.perf_counter() - start)
-        took = {work: statistics.median(spent[2:]) for work, spent in times.items()}
-        weights = sum(p.numel() for p in params.values()) - length * d_model
-        flops = batch * length * (6 * weights + 6 * layers * length * d_model) / took["step"]    # causal attention
-        rates[name] = {"sequences_per_second": batch / (took["step"] + took["data"]),
-                       "model_sequences_per_second": batch / took["step"],
-                       "data_share_of_step": took["data"] / (took["step"] + took["data"]),
-                       "model_flops_per_second": flops, "product_flops_per_second": 2 * 2048**3 / took["product"],
-                       "model_share_of_product_rate": flops * took["product"] / (2 * 2048**3),
-                       "gram_speedup_over_matrices": took["matrices"] / took["gram"]}
+                took[work].append(time.perf_counter() - start)
+        took = {work: statistics.median(times[2:]) for work, times in took.items()}
+        weights = sum(p.numel() for p in params.values()) - length * width
+        flops = 6 * batch * length * (weights + layers * length * width)       # causal attention
+        rates[name] = {
+            "sequences_per_second": batch / (took["step"] + took["data"]),
+            "model_sequences_per_second": batch / took["step"],
+            "data_share_of_step": took["data"] / (took["step"] + took["data"]),
+            "model_flops_per_second": flops / took["step"],
+            "product_flops_per_second": 2 * 2048**3 / took["product"],
+            "model_share_of_product_rate": flops * took["product"] / took["step"] / (2 * 2048**3),
+            "gram_speedup_over_matrices": took["matrices"] / took["gram"]}
     return rates
 
 
 def plan(cfg, flops_per_second):
-    """What a run of this configuration does and how long it should take, given the machine's matrix product rate."""
-    small = len(cfg.sweep.split(",")) * bool(cfg.sweep) + 5 * cfg.plateau + 5 * cfg.baselines
+    """What a run of `cfg` does and how long it should take at this rate of matrix products."""
+    small = len(cfg.sweep.split(",")) * bool(cfg.sweep) + 5 * cfg.plateau + 4 * cfg.baselines
     n_in = cfg.image_size**2 * (3 if cfg.rgb else 1) + cfg.classes
-    flops = cfg.num_seeds * cfg.batch * cfg.length * sum(
-        6 * steps * (n_in * width + 12 * cfg.layers * width**2)
-        for steps, width in [(cfg.steps, cfg.d_model)] + small * [(cfg.sweep_steps, cfg.sweep_d_model)])
-    return (f"meta-trains {cfg.num_seeds} x (a general learner and {small} smaller runs) on {cfg.features or cfg.dataset}: "
-            f"about {0.1 + flops / flops_per_second / 0.35 / 60:.1f} min here")
+    work = lambda steps, width: 6 * steps * width * (n_in + 12 * cfg.layers * width)
+    flops = work(cfg.steps, cfg.d_model) + small * work(cfg.sweep_steps, cfg.sweep_d_model)
+    minutes = 0.1 + cfg.num_seeds * cfg.batch * cfg.length * flops / flops_per_second / 0.35 / 60
+    return (f"meta-trains on {cfg.features or cfg.dataset}, for {cfg.num_seeds} seed(s), a general "
+            f"learner and {small} smaller runs: about {minutes:.1f} min here")
 
 
 def experiment(cfg, run):
-    """Meta-train every model of the figure, test it, and run the hand-written rules on the same test sequences.
+    """Meta-train the models of the figure; test them and the hand-written rules on the same tasks.
 
-    -> {"per_seed": a dictionary a seed with its "headline" numbers, "beside": notes for the closing table, "models"}
+    -> {"per_seed": a dictionary a seed with "headline" numbers, "beside": notes for the closing
+    table, "models": sizes}
     """
     name = cfg.features or cfg.dataset
-    data, (_, unseen) = load_dataset(name, cfg, run.device), load_dataset(cfg.unseen, cfg, run.device, held_out=True)
-    n_in, width, steps = data[0].x.shape[1], cfg.sweep_d_model, cfg.sweep_steps
+    data = load_dataset(name, cfg, run.device)
+    unseen = load_dataset(cfg.unseen, cfg, run.device, held_out=True)[1]
+    n_in, width = data[0].x.shape[1], cfg.sweep_d_model
     if unseen.x.shape[1] != n_in:
-        raise ValueError(f"{cfg.unseen} has {unseen.x.shape[1]} inputs, {name} has {n_in}: --unseen needs the same")
-    streams = lambda first: [torch.Generator(run.device).manual_seed(first + seed) for seed in run.seeds]
-    fresh = lambda source, generators: sample_batch(source, [Variant("test")], run.seeds, generators,
-                                                    cfg.eval_sequences, cfg.length, distinct=True)
+        raise ValueError(f"--unseen {cfg.unseen} has {unseen.x.shape[1]} inputs, {name} has {n_in}")
+    streams = lambda first: [torch.Generator(run.device).manual_seed(first + s) for s in run.seeds]
+    fresh = lambda source, generators, variants: sample_batch(
+        source, variants, run.seeds, generators, cfg.eval_sequences, cfg.length, distinct=True)
     with run.clock("evaluation"):
-        generators = streams(1 << 40)
-        tests = {"unseen_tasks": fresh(data[1], generators), "unseen_dataset": fresh(unseen, generators),
-                 "random": random_batch(generators, cfg.eval_sequences, cfg.length, n_in, cfg.classes)}
-        references = reference_curves(tests, fresh(data[0], generators))
+        generators, new = streams(1 << 40), [Variant("new tasks")]
+        sizes = cfg.eval_sequences, cfg.length, n_in, cfg.classes
+        tests = {"unseen_tasks": fresh(data[1], generators, new),
+                 "unseen_dataset": fresh(unseen, generators, new),
+                 "random": random_batch(generators, *sizes)}
+        references = reference_curves(tests, fresh(data[0], generators, new))
     probe, results = [t[:, :256] for t in tests["unseen_tasks"]], {}
 
     def meta_train(stage, build, variants, steps, **changes):
-        """Train a stack and test it; "seen_tasks" are each run's own tasks, on training images."""
+        """Train a stack and test it. "seen_tasks": each run's own tasks, on training images."""
         forward, params = train(cfg, run, stage, build, variants, data[0], probe, steps, **changes)
         with run.clock("evaluation"):
-            seen = sample_batch(data[0], [v._replace(burst=0.0, label_bias=0.0) for v in variants], run.seeds,
-                                streams(1 << 41), cfg.eval_sequences, cfg.length, distinct=True)
+            own = [variant._replace(burst=0.0, label_bias=0.0) for variant in variants]
+            tested = {**tests, "seen_tasks": fresh(data[0], streams(1 << 41), own)}
             curves = {test: evaluate(forward, params, *batch)[1].unflatten(0, (len(run.seeds), -1))
-                      for test, batch in {**tests, "seen_tasks": seen}.items()}      # (seeds, variants, T) each
-        results[stage] = {"runs": [v.name for v in variants], "curves": curves,
-                          "size": {"state": build().state_size(cfg.length),
-                                   "parameters": sum(p[0].numel() for p in params.values())}}
+                      for test, batch in tested.items()}                       # (seeds, V, T) each
+        size = {"state": build().state_size(cfg.length),
+                "parameters": sum(p[0].numel() for p in params.values())}
+        results[stage] = {"runs": [v.name for v in variants], "curves": curves, "size": size}
 
-    transformer = lambda width: lambda: Transformer(n_in, cfg.classes, cfg.length, width, cfg.layers, cfg.heads)
-    unlimited = Variant("unlimited", 0, cfg.burst, cfg.label_bias)
-    finite = [unlimited._replace(name=f"K={k}", num_tasks=int(k)) for k in cfg.sweep.split(",") if k]
+    transformer = lambda width: lambda: Transformer(
+        n_in, cfg.classes, cfg.length, width, cfg.layers, cfg.heads)
+    general = [Variant("unlimited", 0, cfg.burst, cfg.label_bias)]
+    finite = [general[0]._replace(name=f"K={k}", num_tasks=int(k))
+              for k in cfg.sweep.split(",") if k]
     levers = [Variant("uniform"), Variant("label bias 0.9", label_bias=0.9)] * cfg.plateau
-    meta_train("learner", transformer(cfg.d_model), [unlimited], cfg.steps)
+    meta_train("learner", transformer(cfg.d_model), general, cfg.steps)
     if finite or levers:
-        meta_train("sweep", transformer(width), [*finite, unlimited, *levers], steps)
+        meta_train("sweep", transformer(width), finite + general + levers, cfg.sweep_steps)
     if cfg.plateau:
-        meta_train("half batch", transformer(width), [unlimited], steps, batch=(cfg.batch + 1) // 2)
-        meta_train("epsilon 1e-4", transformer(width), [unlimited], steps, adam_eps=1e-4)
+        steps, half = cfg.sweep_steps, (cfg.batch + 1) // 2
+        meta_train("half batch", transformer(width), general, steps, batch=half)
+        meta_train("epsilon 1e-4", transformer(width), general, steps, adam_eps=1e-4)
     if cfg.baselines:
-        meta_train("LSTM", lambda: LSTM(n_in, cfg.classes, width), [unlimited], steps)
-        meta_train("outer-product LSTM", lambda: OuterProductLSTM(n_in, cfg.classes, 4, width // 4), [unlimited], steps)
-        meta_train("MLP", lambda: MLP(n_in, cfg.classes, 4 * width), [*finite[:1], unlimited], steps)
+        steps = cfg.baseline_steps
+        meta_train("LSTM", lambda: LSTM(n_in, cfg.classes, width), general, steps)
+        meta_train("outer-product LSTM", lambda: OuterProductLSTM(
+            n_in, cfg.classes, 4, width // 4), general, steps)
+        meta_train("MLP", lambda: MLP(n_in, cfg.classes, 4 * width), finite[:1] + general, steps)
     if cfg.measure_speed:
         with run.clock("evaluation"):
             run.rates.update(measure_speed(cfg, data[0], run))
@@ -868,148 +918,179 @@ def experiment(cfg, run):
 def seed_summary(run, i, results, references):
     """All numbers of seed number i: headline, learning curves, references, history of training."""
     rounded = lambda curve: [round(value, 4) for value in curve.tolist()]
-    curves = {stage: {name: {test: rounded(curve[i, v]) for test, curve in result["curves"].items()}
-                      for v, name in enumerate(result["runs"])} for stage, result in results.items()}
-    history = {stage: {name: [] for name in result["runs"]} for stage, result in results.items()}
+    curves = {stage: {name: {test: rounded(curve[i, v]) for test, curve in r["curves"].items()}
+                      for v, name in enumerate(r["runs"])} for stage, r in results.items()}
+    history = {stage: {name: [] for name in r["runs"]} for stage, r in results.items()}
     for row in run.rows:
         if row["seed"] == run.seeds[i]:
-            history[row["stage"]][row["run"]].append([row["step"], round(row["loss"], 4), round(row["late"], 4)])
-    learnt = curves["learner"]["unlimited"]
-    headline = {}
+            point = [row["step"], round(row["loss"], 4), round(row["late"], 4)]
+            history[row["stage"]][row["run"]].append(point)
+    learnt, headline = curves["learner"]["unlimited"], {}
     for test in ("unseen_tasks", "unseen_dataset"):
-        headline |= {f"unlimited_{test}_late": late(learnt[test]), f"unlimited_{test}_last": learnt[test][-1]}
-    headline["unlimited_first_position"] = (learnt["unseen_tasks"][0] + learnt["unseen_dataset"][0]) / 2
-    headline["random_late"] = late(learnt["random"])
+        headline[f"unlimited_{test}_late"] = late(learnt[test])
+        headline[f"unlimited_{test}_last"] = learnt[test][-1]
+    first = learnt["unseen_tasks"][0], learnt["unseen_dataset"][0]
+    headline |= {"unlimited_first_position": sum(first) / 2, "random_late": late(learnt["random"])}
     for name, tested in curves.get("sweep", {}).items():
         if name.startswith("K="):
-            headline |= {f"k{name[2:]}_{which}_late": late(tested[f"{which}_tasks"]) for which in ("seen", "unseen")}
-    if "half batch" in curves:       # the plateau: where the uniform run stands when the burst run passes 0.35
+            headline[f"k{name[2:]}_seen_late"] = late(tested["seen_tasks"])
+            headline[f"k{name[2:]}_unseen_late"] = late(tested["unseen_tasks"])
+    if "half batch" in curves:   # the plateau: the uniform run, when the burst run passes 0.35
         burst, uniform = history["sweep"]["unlimited"], history["sweep"]["uniform"]
-        n = next((n for n, (_, _, accuracy) in enumerate(burst) if accuracy > 0.35), len(burst) - 1)
+        n = next((n for n, point in enumerate(burst) if point[2] > 0.35), len(burst) - 1)
         headline |= {"plateau_left_at_step": burst[n][0], "uniform_late": uniform[n][2]}
     for stage, key in (("sweep", "small_transformer_late"), ("LSTM", "lstm_late"),
-                       ("outer-product LSTM", "outer_product_lstm_late"), ("MLP", "mlp_unseen_late")):
+                       ("outer-product LSTM", "outer_product_lstm_late"),
+                       ("MLP", "mlp_unseen_late")):
         if stage in curves:
             headline[key] = late(curves[stage]["unlimited"]["unseen_tasks"])
-    return {"seed": run.seeds[i], "headline": headline, "curves": curves, "history": history, "references": {
-        test: {rule: rounded(curve[i]) for rule, curve in rules.items()} for test, rules in references.items()}}
+    rules = {test: {rule: rounded(curve[i]) for rule, curve in by_rule.items()}
+             for test, by_rule in references.items()}
+    return {"seed": run.seeds[i], "headline": headline, "curves": curves, "references": rules,
+            "history": history}
 
 
 def beside(cfg, per_seed):
-    """{headline metric: what stands beside it in the closing table}: chance, hand-written rules, optimum, paper."""
-    notes, paper = {}, {"unseen_tasks": 0.737}           # its table: after 99 examples, meta-trained on MNIST
-    paper |= {"unseen_dataset": {"fashion_mnist": 0.622, "kmnist": 0.534}[cfg.unseen]} if cfg.unseen in OFFICIAL \
-        and cfg.unseen != "mnist" else {}
-    for test, key in (("unseen_tasks", "unlimited_unseen_tasks"), ("unseen_dataset", "unlimited_unseen_dataset"),
-                      ("random", "random")):
-        for when, where in (("late", late), ("last", lambda curve: curve[-1])):
-            notes[f"{key}_{when}"] = f"chance {1 / cfg.classes:.2f}" + "".join(
-                f", {rule} {statistics.fmean(where(row['references'][test][rule]) for row in per_seed):.3f}"
-                for rule in per_seed[0]["references"][test])
-        if cfg.dataset == "mnist" and cfg.length == 100 and not cfg.features and test in paper:
-            notes[f"{key}_last"] += f", paper {paper[test]}"
+    """{headline metric: what the closing table says beside it}: chance, rules, optimum, paper."""
+    notes, end = {}, {"late": late, "last": lambda curve: curve[-1]}
+    for test, metric in (("unseen_tasks", "unlimited_unseen_tasks_late"),
+                         ("unseen_tasks", "unlimited_unseen_tasks_last"),
+                         ("unseen_dataset", "unlimited_unseen_dataset_late"),
+                         ("unseen_dataset", "unlimited_unseen_dataset_last"),
+                         ("random", "random_late")):
+        notes[metric] = f"chance {1 / cfg.classes:.2f}"
+        for rule in per_seed[0]["references"][test]:
+            values = [end[metric[-4:]](row["references"][test][rule]) for row in per_seed]
+            notes[metric] += f", {rule} {statistics.fmean(values):.3f}"
     notes["random_late"] += f", optimum {late(random_dataset_optimum(cfg.length)):.3f}"
+    if cfg.dataset == "mnist" and cfg.length == 100 and not cfg.features:      # the paper's table
+        notes["unlimited_unseen_tasks_last"] += ", paper 0.737"
+        paper = {"fashion_mnist": ", paper 0.622", "kmnist": ", paper 0.534"}
+        notes["unlimited_unseen_dataset_last"] += paper.get(cfg.unseen, "")
     return notes
 
 
-# ---- 7. FIGURE ---------------------------------------------------------------------------------------
+# ---- 7. FIGURE ---------------------------------------------------------------------------------
 
 
 def plot(summary, path):
-    """Draw the four panels from a summary alone: a thin line for each seed, a thick one for their mean."""
+    """Draw the four panels from a summary alone: thin lines are seeds, thick ones their means."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    blue, orange, green, red, grey, pink, sky = \
-        "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777", "#CC79A7", "#56B4E9"
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
+                         "legend.fontsize": 8})
     cfg, rows = summary["config"], summary["per_seed"]
-    names = {"unseen_tasks": f"new tasks, {cfg['dataset']}", "unseen_dataset": cfg["unseen"], "random": "random"}
-    names = {key: name.replace("_", " ") for key, name in names.items()}
-    chance = 1 / cfg["classes"]
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, ((a, b), (c, d)) = plt.subplots(2, 2, figsize=(12, 9), layout="constrained")
-
-    def lines(axis, x, curves, colour, label=None, style="-", width=2.2):
-        for curve in curves if len(curves) > 1 else []:
-            axis.plot(x, curve, color=colour, ls=style, lw=0.7, alpha=0.5)
-        axis.plot(x, np.mean(curves, 0), color=colour, ls=style, lw=width, label=label)
-
-    sweep = [name for name in rows[0]["curves"].get("sweep", {}) if name[0] == "K" or name == "unlimited"]
-    if sweep:
-        x = [math.log2(int(name[2:])) for name in sweep[:-1]]
-        x.append((x[-1] if x else 0) + 3)
-        at = lambda run, test, where: [where(torch.tensor(row["curves"]["sweep"][run][test])) for row in rows]
-        series = lambda test, where: np.array([at(run, test, where) for run in sweep]).T          # (seeds, K)
-        first, learnt = series("seen_tasks", lambda t: t[0].item()), series("unseen_tasks", late)
-        lines(a, x, first, pink, "seen tasks, first example", "--")
-        lines(a, x, series("seen_tasks", late), red, "seen tasks, late")
-        lines(a, x, learnt, blue, "unseen tasks, late")
-        lines(a, x, series("unseen_dataset", late), orange, f"unseen data ({names['unseen_dataset']}), late")
-        kind = ["memorise" if f > (1 + chance) / 2 else "learn" if u > (learnt.mean(0)[-1] + chance) / 2 else "identify"
-                for f, u in zip(first.mean(0), learnt.mean(0))]
-        for i, name in enumerate(kind):
-            left, right = (x[i] + x[max(i - 1, 0)]) / 2, (x[i] + x[min(i + 1, len(x) - 1)]) / 2
-            a.axvspan(left, right, color={"memorise": pink, "identify": grey, "learn": blue}[name], alpha=0.1, lw=0)
-            if name not in kind[:i]:
-                a.text(left + 0.1, 1.03, name, color="black", style="italic")
-        a.set_xticks(x, [f"$2^{{{round(p)}}}$" if p == round(p) else f"{2**p:.0f}" for p in x[:-1]] + ["∞"])
-    a.axhline(chance, color=grey, ls=":", label="chance")
-    a.set(xlabel="number of meta-training tasks", ylabel="accuracy", ylim=(0, 1.09), title="(a) From memorising to learning")
-    a.legend(loc="center left", fontsize=8)
-
-    positions = np.arange(cfg["length"])
-    for test, colour in (("random", green), ("unseen_tasks", blue), ("unseen_dataset", orange)):
-        lines(b, positions, [row["curves"]["learner"]["unlimited"][test] for row in rows], colour, names[test])
-        for rule, style in (("nearest_neighbour", "--"), ("kernel_ridge", ":"), ("online_sgd", "-.")):
-            if test != "random":
-                b.plot(positions, np.mean([row["references"][test][rule] for row in rows], 0), style, color=colour, lw=1)
-    b.plot(positions, random_dataset_optimum(cfg["length"]), "k--", lw=1, label="optimum on random")
-    for style, label in (("--", "1-NN"), (":", "kernel ridge"), ("-.", "online SGD")):
-        b.plot([], [], style, color="black", lw=1, label=label + " (same colours)")
-    b.axhline(chance, color=grey, ls=":")
-    b.set(xlabel="labelled examples seen", ylabel="accuracy", ylim=(0, 1), title="(b) The general learner learns in context")
-    b.legend(fontsize=8)
-
-    shown = [("sweep", "unlimited", blue, f"burst {cfg['burst']:g} (ours), batch {cfg['batch']}"), ("half batch", "unlimited", sky, "half the batch"),
-             ("double batch", "unlimited", green, "twice the batch"),
-             ("epsilon 1e-4", "unlimited", pink, "Adam epsilon 1e-4"),
-             ("sweep", "uniform", red, "uniform: no intervention"),
-             ("sweep", "label bias 0.9", orange, "label bias 0.9 (the paper's)")]
-    for stage, run, colour, label in shown:
-        if run in rows[0]["history"].get(stage, {}):
-            curves = [[point[1] for point in row["history"][stage][run]] for row in rows]
-            lines(c, [point[0] for point in rows[0]["history"][stage][run]], curves, colour, label)
-    c.axhline(math.log(cfg["classes"]), color=grey, ls=":", label="chance, ln C")
-    c.set(xlabel="meta-training step", ylabel="loss on new tasks, unbiased (nats)", title="(c) The plateau and what shortens it")
-    c.legend(fontsize=8)
-
-    for (stage, model), colour in zip(summary["models"].items(), (blue, blue, sky, green, pink)):
-        pass
-    picks = [("learner", "Transformer", blue), ("sweep", "Transformer", sky), ("LSTM", "LSTM", red),
-             ("outer-product LSTM", "outer-product LSTM", orange), ("MLP", "MLP", grey)]
-    for stage, label, colour in picks:
-        if stage in summary["models"]:
-            model = summary["models"][stage]
-            values = [late(torch.tensor(row["curves"][stage]["unlimited"]["unseen_tasks"])) for row in rows]
-            size, mean = max(model["state"], 1), np.mean(values)
-            d.plot([size] * len(values), values, "o", color=colour, ms=4, alpha=0.5)
-            d.plot(size, mean, "o", color=colour, ms=9)
-            d.plot(model["parameters"], mean, "o", mfc="none", color=colour, ms=9)
-            d.annotate(label, (size, mean), textcoords="offset points", xytext=(0, 9), ha="center", fontsize=8)
-    d.plot([], [], "ko", label="state: numbers carried between examples (MLP: 0)")
-    d.plot([], [], "ko", mfc="none", label="parameters")
-    d.axhline(chance, color=grey, ls=":")
-    d.set(xscale="log", xlabel="count", ylabel="late accuracy, unseen tasks", ylim=(0, None), title="(d) State size, not parameters")
-    d.legend(fontsize=8)
-    figure.suptitle(f"General-purpose in-context learning, meta-trained on {cfg['dataset'].replace('_', ' ')}. Late = last third of {cfg['length']} positions; "
-                    f"{len(rows)} seed(s), thin lines; mean thick.", fontsize=11)
-    figure.savefig(path, dpi=120)
+    plot_phases(a, cfg, rows), plot_learning(b, cfg, rows), plot_plateau(c, cfg, rows)
+    plot_memory(d, summary["models"], rows)
+    for axis in (a, b, d):
+        axis.axhline(1 / cfg["classes"], color=GREY, ls=":", label="chance")
+    a.legend(loc="center left"), b.legend(loc="lower right"), c.legend(), d.legend()
+    data = (cfg["features"] or cfg["dataset"]).replace("_", " ")
+    figure.suptitle(f"General-purpose in-context learning, meta-trained on {data}. Thin: each of "
+                    f"{len(rows)} seed(s); thick: mean. Late: last third of {cfg['length']}")
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-# ---- 8. RUN ------------------------------------------------------------------------------------------
-# Command line, run folder, exact resume, signals, devices, processes: the same text in all six scripts. It knows
-# no paper, and of the script only Config, PRESETS, plan(cfg, flops), experiment(cfg, run) and plot(summary, path).
+BLUE, ORANGE, GREEN, RED, GREY, PINK, SKY = (                                  # Okabe and Ito
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777", "#CC79A7", "#56B4E9")
+
+
+def plot_lines(axis, x, curves, colour, label, style="-"):
+    """curves (seeds, points): thin lines and their thick mean."""
+    for curve in curves if len(curves) > 1 else []:
+        axis.plot(x, curve, color=colour, ls=style, lw=0.7, alpha=0.5)
+    axis.plot(x, np.mean(curves, 0), color=colour, ls=style, lw=2.2, label=label)
+
+
+def plot_phases(axis, cfg, rows):
+    """(a) Accuracy against the number of tasks, with the three phases shaded."""
+    axis.set(xlabel="number of meta-training tasks", ylabel="accuracy", ylim=(0, 1.09),
+             title="(a) From memorising to learning")
+    runs = [f"K={k}" for k in cfg["sweep"].split(",") if k] + ["unlimited"]
+    if not cfg["sweep"]:
+        return
+    x = [math.log2(int(run[2:])) for run in runs[:-1]]
+    x.append(x[-1] + 3)
+    series = lambda test, where: np.array(
+        [[where(row["curves"]["sweep"][run][test]) for run in runs] for row in rows])   # (seeds, K)
+    first, learnt = series("seen_tasks", lambda curve: curve[0]), series("unseen_tasks", late)
+    plot_lines(axis, x, first, PINK, "seen tasks, first example", "--")
+    plot_lines(axis, x, series("seen_tasks", late), RED, "seen tasks, late")
+    plot_lines(axis, x, learnt, BLUE, "unseen tasks, late")
+    plot_lines(axis, x, series("unseen_dataset", late), ORANGE, f"unseen data ({cfg['unseen']})")
+    halfway, named = (learnt.mean(0)[-1] + 1 / cfg["classes"]) / 2, []
+    for i, (at_once, new) in enumerate(zip(first.mean(0), learnt.mean(0))):
+        name, colour = (("memorise", PINK) if at_once > 0.5 else
+                        ("learn", BLUE) if new > halfway else ("identify", GREY))
+        left, right = (np.mean([x[i], x[max(0, min(i + side, len(x) - 1))]]) for side in (-1, 1))
+        axis.axvspan(left, right, color=colour, alpha=0.1, lw=0)
+        if name not in named:
+            axis.text(left + 0.1, 1.03, name, style="italic")
+        named.append(name)
+    ticks = [f"$2^{{{power:.0f}}}$" if power % 1 == 0 else f"{2**power:.0f}" for power in x[:-1]]
+    axis.set_xticks(x, ticks + ["∞"])
+
+
+def plot_learning(axis, cfg, rows):
+    """(b) Learning curves of the general learner, beside the hand-written rules."""
+    x, styles = np.arange(cfg["length"]), {"1-NN": "--", "kernel ridge": ":", "online SGD": "-."}
+    for test, colour, label in (
+            ("random", GREEN, "random"), ("unseen_tasks", BLUE, f"{cfg['dataset']}, new tasks"),
+            ("unseen_dataset", ORANGE, f"{cfg['unseen']}, never trained on")):
+        curves = [row["curves"]["learner"]["unlimited"][test] for row in rows]
+        plot_lines(axis, x, curves, colour, label)
+        for rule in styles if test != "random" else ():
+            curve = np.mean([row["references"][test][rule] for row in rows], 0)
+            axis.plot(x, curve, styles[rule], color=colour, lw=1)
+    for rule, style in styles.items():
+        axis.plot([], [], style, color="black", lw=1, label=f"{rule}, in the data's colour")
+    axis.plot(x, random_dataset_optimum(cfg["length"]), "k", lw=0.8, label="optimum, random")
+    axis.set(xlabel="labelled examples seen", ylabel="accuracy", ylim=(0, 1),
+             title="(b) The general learner learns in context")
+
+
+def plot_plateau(axis, cfg, rows):
+    """(c) Loss on new tasks, without any bias, while meta-training on different mixtures."""
+    for stage, run, colour, label in (
+            ("sweep", "unlimited", BLUE, f"burst {cfg['burst']:g} (ours), batch {cfg['batch']}"),
+            ("half batch", "unlimited", SKY, "the same, half the batch"),
+            ("epsilon 1e-4", "unlimited", PINK, "the same, Adam epsilon 1e-4"),
+            ("sweep", "uniform", RED, "uniform: no intervention"),
+            ("sweep", "label bias 0.9", ORANGE, "label bias 0.9 (the paper's)")):
+        if run in rows[0]["history"].get(stage, {}):
+            points = np.array([row["history"][stage][run] for row in rows])    # (seeds, logs, 3)
+            plot_lines(axis, points[0, :, 0], points[:, :, 1], colour, label)
+    axis.axhline(math.log(cfg["classes"]), color=GREY, ls=":", label="chance, ln C")
+    axis.set(xlabel="meta-training step", ylabel="loss on new tasks (nats)",
+             title="(c) The plateau, and what shortens it")
+
+
+def plot_memory(axis, models, rows):
+    """(d) Accuracy on new tasks against state size (filled) and parameter count (hollow)."""
+    for stage, label, colour in (
+            ("learner", "Transformer", BLUE), ("sweep", "Transformer, narrow", SKY),
+            ("LSTM", "LSTM", RED), ("outer-product LSTM", "outer-product LSTM", ORANGE),
+            ("MLP", "MLP", GREY)):
+        if stage in models:
+            values = [late(row["curves"][stage]["unlimited"]["unseen_tasks"]) for row in rows]
+            state, mean = max(1, models[stage]["state"]), np.mean(values)
+            axis.plot([state] * len(values), values, "_", color=colour, ms=14)
+            axis.plot(state, mean, "o", color=colour, ms=9)
+            axis.plot(models[stage]["parameters"], mean, "o", mfc="none", color=colour, ms=9)
+            axis.annotate(label, (state, mean), (0, 9), textcoords="offset points", ha="center")
+    axis.plot([], [], "ko", label="numbers carried between examples (MLP: none)")
+    axis.plot([], [], "ko", mfc="none", label="parameters")
+    axis.set(xscale="log", xlabel="count", ylabel="late accuracy, unseen tasks", ylim=(0, 0.85),
+             title="(d) State size and parameters")
+
+
+# ---- 8. RUN ------------------------------------------------------------------------------------
+# Command line, run folder, exact resume, signals, devices, processes: the same text in all six
+# scripts. It knows no paper; of the script it uses Config, PRESETS, plan(cfg, flops_per_second),
+# experiment(cfg, run) and plot(summary, path).
 
 SCRIPT = os.path.basename(__file__)
 
@@ -1020,15 +1101,18 @@ def die(message, status=2):
     raise SystemExit(status)
 
 
-def write(path, text):
-    """Write a whole file or nothing: no reader sees half of one."""
+def write(path, save):
+    """Write a whole file or nothing: save(part) makes it beside the old one, then it moves."""
     part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        save(part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:         # RuntimeError: torch.save, for a full disk
+        die(f"cannot write {path} ({str(error).splitlines()[0]}); what was there is unharmed", 1)
 
 
 def pack(thing):
-    """State of a module, optimiser, generator, tensor or container -> tensors and plain containers."""
+    """Modules, optimisers, generators and containers of them -> tensors and plain containers."""
     if isinstance(thing, dict):
         return {key: pack(value) for key, value in thing.items()}
     if isinstance(thing, list):
@@ -1039,28 +1123,30 @@ def pack(thing):
 
 
 def unpack(thing, saved):
-    """Put what `pack` returned back into `thing`, in place; values that cannot be changed are returned."""
+    """Put what `pack` returned back in place; -> `thing`, or `saved` where that has no inside."""
     if isinstance(thing, dict):
         thing.update({key: unpack(thing.get(key), value) for key, value in saved.items()})
     elif isinstance(thing, list):
-        thing[:] = [unpack(old, new) for old, new in zip(thing, saved)] if len(thing) == len(saved) else saved
+        thing[:] = [unpack(*pair) for pair in zip(thing, saved)] if thing else saved
     elif isinstance(thing, torch.Generator):
         thing.set_state(saved)
-    elif hasattr(thing, "load_state_dict"):
-        thing.load_state_dict(saved)
     elif isinstance(thing, torch.Tensor):
         thing.detach().copy_(saved)
+    elif hasattr(thing, "load_state_dict"):
+        thing.load_state_dict(saved)
     else:
         return saved
     return thing
 
 
 def interval(values):
-    """Mean of n seeds with a 95 % Student-t interval (None for one seed)."""
+    """Mean over n seeds with a 95 % Student-t interval (None for one seed)."""
     n, mean = len(values), statistics.fmean(values)
-    t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-    half = (t[n - 2] if n <= 16 else 1.96 + 2.5 / (n - 1)) * statistics.stdev(values) / n**0.5 if n > 1 else None
-    return {"mean": mean, "ci95": half if half is None else [mean - half, mean + half], "n": n, "per_seed": values}
+    t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
+    quantile = t[n - 2] if 2 <= n <= 14 else 1.96 + 2.37 / max(1, n - 1) + 2.9 / max(1, n - 1)**2
+    half = quantile * statistics.stdev(values) / math.sqrt(n) if n > 1 else 0
+    return {"mean": mean, "ci95": [mean - half, mean + half] if n > 1 else None, "n": n,
+            "per_seed": values}
 
 
 def synchronise(device):
@@ -1070,147 +1156,134 @@ def synchronise(device):
 
 
 def matmul_rate(device, size=2048):
-    """FLOP/s of a float32 matrix product on this machine now (best of four): the yardstick for all rates."""
-    a, best = torch.randn(size, size, device=device), math.inf
+    """FLOP/s of a float32 matrix product here and now, the best of four."""
+    a, times = torch.randn(size, size, device=device), []
     for _ in range(4):
         synchronise(device)
         start = time.perf_counter()
         a @ a
         synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
 
 
 class Run:
-    """What `experiment` needs of the machine: device, processes, folder, log, checkpoints, signals, clocks."""
+    """The machine as `experiment` sees it: device, processes, folder, log, checkpoints, clocks."""
 
     def __init__(self, cfg, args):
         self.cfg, self.seeds = cfg, list(range(cfg.seed, cfg.seed + cfg.num_seeds))
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.rows, self.rates, self.losses, self.stages = [], {}, [], {}
-        self.seconds = {"total": 0.0, "training": 0.0, "evaluation": 0.0}
-        self.signal, self.stepping, self.opened = 0, False, False
-        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        kind = next(name for name in there if there[name]) if args.device == "auto" else args.device
-        if not there[kind]:
+        here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        kind = next((k for k in here if here[k]), "cpu") if args.device == "auto" else args.device
+        if not here.get(kind, True):
             die(f"--device {kind}: this machine has none")
-        self.device = torch.device(kind)
         if kind == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            torch.set_float32_matmul_precision("high")                               # TF32
-        compiled = kind == "cuda" if args.compile is None else args.compile
-        self.compile = torch.compile if compiled else lambda function: function
+            torch.set_float32_matmul_precision("high")                         # TF32
+        self.device = torch.device(kind)
+        self.compiled = kind == "cuda" if args.compile is None else args.compile
+        self.compile = torch.compile if self.compiled else lambda function: function
         self.folder = run_folder(cfg, args)
+        self.rows, self.stages, self.seconds = [], {}, {"total": 0, "training": 0, "evaluation": 0}
+        self.rates, self.losses, self.opened, self.in_step, self.signal = {}, [], False, False, 0
         self.look(args.resume)
-        if self.world > 1:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.interrupt)
         self.started = time.perf_counter() - self.seconds["total"]
-        self.setting = {"hardware": hardware(self.device), "threads": torch.get_num_threads(), "processes": self.world,
-                        "compiled": compiled, "versions": {"python": platform.python_version(),
-                                                           "torch": torch.__version__, "numpy": np.__version__}}
+        if self.world > 1:                           # signals end all processes; resume is exact
+            torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+        else:
+            signal.signal(signal.SIGINT, self.interrupt)
+            signal.signal(signal.SIGTERM, self.interrupt)
 
     def look(self, resume):
         """Refuse a folder that holds another run; with --resume, read its checkpoint."""
         known, checkpoint = self.folder / "config.json", self.folder / "checkpoint.pt"
         if known.exists() and not resume:
-            die(f"{self.folder} holds a run: add --resume to go on with it, or --out FOLDER for another place")
-        try:
-            configs = {path: json.loads(path.read_text()) for path in (known,) if path.exists()}
-            if resume and checkpoint.exists():
-                saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-                configs[checkpoint] = saved["config"]
-                self.stages, self.rows, self.seconds = saved["stages"], saved["rows"], saved["seconds"]
-        except Exception as error:                                                   # torch.load raises many kinds
-            die(f"{self.folder} is damaged ({type(error).__name__} in config.json or checkpoint.pt): delete it")
-        for path, config in configs.items():
+            die(f"{self.folder} holds a run: --resume goes on with it, --out FOLDER goes elsewhere")
+        for path in filter(pathlib.Path.exists, (known, checkpoint) if resume else ()):
+            try:
+                saved = {"config": json.loads(path.read_text())} if path == known else torch.load(
+                    path, map_location="cpu", weights_only=True)
+                config = saved["config"]
+                if path == checkpoint:
+                    self.stages, self.rows = saved["stages"], saved["rows"]
+                    self.seconds = saved["seconds"]
+            except Exception as error:               # a damaged file raises almost anything
+                die(f"{path} is damaged ({type(error).__name__}): delete it and start again")
             for name, value in asdict(self.cfg).items():
                 if config.get(name) != value:
-                    die(f"{path} is of another run: --{name.replace('_', '-')} was {config.get(name)!r}, not {value!r}")
+                    die(f"{path} is of another run: {name} was {config.get(name)!r}, now {value!r}")
 
     def interrupt(self, number, frame):
-        """Ctrl-C and SIGTERM: finish the step, save, leave. Between stages, or the second time: leave."""
-        if self.signal or not self.stepping:
+        """Ctrl-C and SIGTERM: finish the step, save, leave. Outside a step or twice: leave."""
+        if self.signal or not self.in_step:
             raise SystemExit(128 + number)
         self.signal = number
 
     def steps(self, stage, total, state):
         """Yield the numbers of the steps still to do of one stage of training.
 
-        `state` is everything that the stage changes: a dictionary of modules, optimisers, generators, tensors and
-        containers of these. It is restored before the first step and saved every `save_every` steps and at the
-        end, so that a run killed at any moment goes on exactly as if it had not been.
+        `state` holds all that the stage changes: a dictionary of modules, optimisers, generators,
+        tensors and containers of these. It is restored before the first step and saved every
+        `save_every` steps and at the end: a run killed at any moment goes on as if it had not been.
         """
-        if not self.opened and self.rank == 0:      # not before: bad input leaves nothing behind
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write(self.folder / "config.json", json.dumps(asdict(self.cfg), indent=1))
-            write(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.stage, self.step, self.stepping, self.opened = stage, 0, True, True
+        if not self.opened and self.rank == 0:       # not before: bad input leaves nothing behind
+            write(self.folder / "config.json", lambda part: (part.parent.mkdir(
+                parents=True, exist_ok=True), part.write_text(json.dumps(asdict(self.cfg)))))
+            write(self.folder / "metrics.jsonl", lambda part: part.write_text(
+                "".join(json.dumps(row) + "\n" for row in self.rows)))
+        self.opened, self.stage, self.step, spent = True, stage, 0, []
         if stage in self.stages:
             self.step = self.stages[stage]["step"]
             unpack(state, self.stages[stage]["state"])
-        self.bar = tqdm(total=total, initial=self.step, desc=stage, disable=self.rank > 0 or not sys.stderr.isatty())
-        warm, timed, clock = self.step + 10, 0.0, lambda: time.perf_counter() - self.seconds["evaluation"]
+        self.bar = tqdm(total=total, initial=self.step, desc=stage,
+                        disable=self.rank > 0 or not sys.stderr.isatty())
         while self.step < total:
-            start = clock()
+            start, self.in_step = time.perf_counter() - self.seconds["evaluation"], True
             yield self.step
-            spent = clock() - start
-            self.seconds["training"] += spent
-            timed += spent if self.step >= warm else 0.0
+            spent.append(time.perf_counter() - self.seconds["evaluation"] - start)
+            self.seconds["training"] += spent[-1]
             self.step += 1
             self.bar.update()
-            self.end_of_step(state, total)
-        self.stepping = False
-        self.bar.close()
-        if timed:
-            self.rates.setdefault("steps_per_second", {})[stage] = (total - warm) / timed
-
-    def end_of_step(self, state, total):
-        """Look at the losses, save, and obey a signal (several processes: together, when they save)."""
-        saving, stop = self.step % self.cfg.save_every == 0 or self.step == total, self.signal
-        if self.world > 1:
-            stop = torch.tensor(stop if saving else 0, device=self.device)
+            saving = self.step % self.cfg.save_every == 0 or self.step == total or self.signal
+            if saving or self.device.type == "cpu":
+                self.check()
             if saving:
-                dist.all_reduce(stop, dist.ReduceOp.MAX)
-            stop = int(stop)
-        if saving or stop or self.device.type == "cpu":
-            self.check()
-        if saving or stop:
-            self.stages[self.stage] = {"step": self.step, "state": pack(state)}
-            if self.step == total:                  # a later stage may change the same tensors
-                self.stages[self.stage] = copy.deepcopy(self.stages[self.stage])
-            self.save()
-        if stop:
-            die(f"stopped by signal {stop} after step {self.step} of {self.stage}: --resume goes on", 128 + stop)
+                self.stages[stage] = {"step": self.step, "state": pack(state)}
+                if self.step == total:               # a later stage may change the same tensors
+                    self.stages[stage] = copy.deepcopy(self.stages[stage])
+                self.save()
+            if self.signal:
+                die(f"stopped after step {self.step} of {stage}; --resume goes on",
+                    128 + self.signal)
+            self.in_step = False
+        self.bar.close()
+        if len(spent) > 20:                          # the first steps warm up
+            rate = (len(spent) - 10) / sum(spent[10:])
+            self.rates.setdefault("steps_per_second", {})[stage] = rate
 
     def save(self):
-        """Write the checkpoint beside the old one, then take its place: there always is a whole one."""
+        """Write the checkpoint."""
         self.seconds["total"] = time.perf_counter() - self.started
-        path, part = self.folder / "checkpoint.pt", self.folder / "checkpoint.part"
+        content = {"config": asdict(self.cfg), "stages": self.stages, "rows": self.rows,
+                   "seconds": self.seconds}
         if self.rank == 0:
-            try:
-                torch.save({"config": asdict(self.cfg), "stages": self.stages, "rows": self.rows,
-                            "seconds": self.seconds}, part)
-            except RuntimeError as error:                                            # torch's word for a full disk
-                raise OSError(f"cannot write {part}: {str(error).splitlines()[0]}") from None
-            os.replace(part, path)
+            write(self.folder / "checkpoint.pt", lambda part: torch.save(content, part))
 
     def watch(self, losses):
-        """Note the losses of a step, seeds on the leading axis; looked at in bulk, since a look stops a GPU."""
+        """Note the losses of a step, seeds on the leading axis; a look at once would stop a GPU."""
         self.losses.append(losses.detach().flatten())
 
     def check(self):
         """Stop at the first loss that is not a number; the checkpoint before it stays."""
-        finite = torch.stack(self.losses or [torch.zeros(1)]).isfinite()             # (steps, S)
-        if not finite.all():
-            n, i = (~finite).nonzero()[0].tolist()
-            die(f"the loss is {self.losses[n][i].item()} at step {self.step - len(finite) + n + 1} of {self.stage}, "
-                f"seed {self.seeds[i * len(self.seeds) // finite.shape[1]]}", 1)
+        losses = torch.stack(self.losses) if self.losses else torch.zeros(0, 1)        # (steps, S)
+        for n, i in (~losses.isfinite()).nonzero().tolist()[:1]:
+            step, seed = self.step - len(losses) + n + 1, i * len(self.seeds) // len(losses[0])
+            die(f"the loss is {losses[n, i]} at step {step} of {self.stage}, "
+                f"seed {self.seeds[seed]}", 1)
         self.losses.clear()
 
     def log(self, rows):
-        """Append flat dictionaries, one a run, to metrics.jsonl; show the mean of each of their fractions."""
+        """Append flat dictionaries, one a run, to metrics.jsonl; show their numbers' means."""
         self.check()
         rows = [{"stage": self.stage, "step": self.step + 1, **row} for row in rows]
         self.rows += rows
@@ -1239,49 +1312,60 @@ class Run:
         return batch.chunk(self.world, dim)[self.rank]
 
     def average(self, tensors):
-        """Average over the processes, in place. By hand: DDP's hooks miss autograd.grad and functional_call."""
+        """Average over processes, in place; DDP's hooks miss autograd.grad and functional_call."""
         if self.world > 1:
             flat = torch.cat([t.flatten() for t in tensors])
-            dist.all_reduce(flat)
-            for t, part in zip(tensors, (flat / self.world).split([t.numel() for t in tensors])):
-                t.copy_(part.view_as(t))
+            torch.distributed.all_reduce(flat)
+            parts = (flat / self.world).split([t.numel() for t in tensors])
+            for tensor, part in zip(tensors, parts):
+                tensor.copy_(part.view_as(tensor))
 
-    def finish(self, result):
-        """Write the summary: the result, with intervals over seeds and all that one needs to trust and repeat it."""
-        total, headlines = time.perf_counter() - self.started, [row["headline"] for row in result["per_seed"]]
-        summary = {"headline": {name: interval([h[name] for h in headlines]) for name in headlines[0]},
-                   "seeds": self.seeds, "minutes": total / 60, "seconds": {**self.seconds, "total": total},
-                   "peak_memory_gb": peak_memory(self.device), "rates": self.rates, **self.setting,
-                   "command": shlex.join(["python", SCRIPT, *sys.argv[1:]]), "config": asdict(self.cfg), **result}
-        if self.rank == 0:
-            write(self.folder / "summary.json", json.dumps(summary))
-        if self.world > 1:
-            dist.destroy_process_group()
+    def setting(self):
+        """Hardware, device, threads, processes, precision, versions, peak memory."""
+        gpu, cpu, memory = self.device.type == "cuda", pathlib.Path("/proc/cpuinfo"), None
+        name = re.search(r"model name\s*: (.*)", cpu.read_text() if cpu.exists() else "")
+        name = name[1] if name else platform.processor() or platform.machine()
+        with contextlib.suppress(ImportError):       # there is no such module on Windows
+            import resource
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            memory /= 2**(30 if sys.platform == "darwin" else 20)
+        return {"hardware": torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} x {name}",
+                "device": self.device.type, "threads": torch.get_num_threads(),
+                "processes": self.world, "precision": "TF32" if gpu else "float32",
+                "compiled": self.compiled, "python": platform.python_version(),
+                "versions": {module.__name__: module.__version__ for module in (torch, np)},
+                "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if gpu else memory}
 
 
 def run_folder(cfg, args):
+    """runs/NAME/PRESET-seedN, or --out."""
     last = f"-{cfg.seed + cfg.num_seeds - 1}" if cfg.num_seeds > 1 else ""
     return pathlib.Path(args.out or f"runs/{SCRIPT[:-3]}/{args.preset}-seed{cfg.seed}{last}")
 
 
-def hardware(device):
-    """Name of the GPU or processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    info = pathlib.Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return f"{os.cpu_count()} cores, {name[1] if name else platform.processor()}, {device.type}"
-
-
-def peak_memory(device):
-    """Largest memory so far, in GB (2^30 bytes): the GPU's, else the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
+def parse(argv=None):
+    """Command line -> (Config, other options): a preset first, explicit options on top."""
+    notes = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(prog=SCRIPT, description=__doc__.split("\n\n")[0],
+                                     allow_abbrev=False)
+    parser.error, add, switch = die, parser.add_argument, argparse.BooleanOptionalAction
+    add("--preset", help="set of defaults", choices=PRESETS, default="quick")
+    add("--device", help="where to run", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    add("--compile", help="torch.compile the hot functions (default: on CUDA)", action=switch)
+    add("--out", help="run folder (default: runs/NAME/PRESET-seedN)")
+    add("--resume", help="go on with the run in the folder", action="store_true")
+    add("--replot", help="only draw the folder's summary.json again", action="store_true")
+    for field in fields(Config):
+        values = " | ".join(f"{k} {p.get(field.name, field.default)}" for k, p in PRESETS.items())
+        add("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
+            help=f"{notes.get(field.name, '')} [{values}]".replace("%", "%%"),
+            **({"action": switch} if field.type is bool else {"type": field.type}))
+    options = vars(parser.parse_args(argv))
+    own = {field.name: options.pop(field.name) for field in fields(Config) if field.name in options}
     try:
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
-    except ImportError:                                                              # Windows
-        return None
+        return Config(**{**PRESETS[options["preset"]], **own}), argparse.Namespace(**options)
+    except ValueError as error:
+        die(error)
 
 
 def show(folder):
@@ -1292,53 +1376,41 @@ def show(folder):
         die(f"nothing to draw: {error}")
     plot(summary, folder / "figure.png")
     for name, row in summary["headline"].items():
-        spread = " [{:.4g}, {:.4g}]".format(*row["ci95"]) if row["ci95"] else ""
-        print(f"{name:<36} {row['mean']:.4g}{spread} (n={row['n']})  {summary['beside'].get(name, '')}")
+        spread = "[{:.4g}, {:.4g}]".format(*row["ci95"]) if row["ci95"] else ""
+        print(f"{name:<32}{row['mean']:<8.4g}{spread:<18} {summary['beside'].get(name, '')}")
     print(f"{summary['minutes']:.1f} minutes; {folder / 'figure.png'}", flush=True)
 
 
-def parse(argv=None):
-    """Command line -> (Config, other options): a preset first, explicit options on top."""
-    notes = dict(re.findall(r"^    (\w+): .*?#\s*(.+)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(prog=SCRIPT, description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error, add = die, parser.add_argument
-    add("--preset", help="set of defaults", choices=PRESETS, default="quick")
-    add("--device", help="where to run", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    add("--compile", help="torch.compile the hot functions (default: on CUDA)", action=argparse.BooleanOptionalAction)
-    add("--out", help="run folder (default: runs/NAME/PRESET-seedN)")
-    add("--resume", help="go on with the run in the folder", action="store_true")
-    add("--replot", help="only draw the folder's summary.json again", action="store_true")
-    for field in fields(Config):
-        values = " | ".join(f"{name} {preset.get(field.name, field.default)}" for name, preset in PRESETS.items())
-        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        add("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
-            help=f"{notes.get(field.name, '')} [{values}]".replace("%", "%%"))
-    options = vars(parser.parse_args(argv))
-    own = {field.name: options.pop(field.name) for field in fields(Config) if field.name in options}
-    args = argparse.Namespace(**options)
-    try:
-        return Config(**{**PRESETS[args.preset], **own}), args
-    except ValueError as error:
-        die(error)
-
-
 def main(argv=None):
+    """Run, resume or redraw."""
     cfg, args = parse(argv)
-    if args.replot or args.resume and (run_folder(cfg, args) / "summary.json").exists():
-        return show(run_folder(cfg, args))
+    folder = run_folder(cfg, args)
+    if args.replot:
+        return show(folder)
     run = Run(cfg, args)
+    if (folder / "summary.json").exists():
+        return show(folder)                          # resumed, but finished already
     if run.rank == 0:
         print(f"{SCRIPT} {plan(cfg, matmul_rate(run.device))}")
-        print(", ".join(f"{name} {value}" for name, value in run.setting.items()))
-        print(f"into {run.folder}" + " (resumed)" * bool(run.stages), flush=True)
+        print(", ".join(f"{name} {value}" for name, value in run.setting().items()))
+        print(f"into {folder}{' (resumed)' if run.stages else ''}", flush=True)
     try:
-        run.finish(experiment(cfg, run))
-    except (OSError, ValueError) as error:          # before the first step a ValueError is the user's, then ours
-        if run.opened and isinstance(error, ValueError):
+        result = experiment(cfg, run)
+    except (OSError, ValueError) as error:
+        if run.opened:                               # after the first step the fault is ours
             raise
-        die(error, 1 if run.opened else 2)
+        die(error)
+    run.seconds["total"] = time.perf_counter() - run.started
+    rows = [row["headline"] for row in result["per_seed"]]
+    summary = {"headline": {name: interval([row[name] for row in rows]) for name in rows[0]},
+               "seeds": run.seeds, "minutes": run.seconds["total"] / 60, "seconds": run.seconds,
+               "rates": run.rates, **run.setting(), "config": asdict(cfg),
+               "command": shlex.join(["python", SCRIPT, *(argv or sys.argv[1:])]), **result}
     if run.rank == 0:
-        show(run.folder)
+        write(folder / "summary.json", lambda part: part.write_text(json.dumps(summary)))
+        show(folder)
+    if run.world > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,21 @@
+"""Lets the tests import the scripts, which lie beside this folder, and run them as a reader would."""
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture
+def script(tmp_path):
+    """script("gpl_icl.py", ...) runs it in an empty folder -> CompletedProcess; wait=False -> Popen."""
+    def start(name, *options, wait=True, launcher=(), **more):
+        command = [sys.executable, *launcher, str(ROOT / name), *map(str, options)]
+        kind = dict(cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    env={**os.environ, "MPLBACKEND": "Agg"}) | more
+        return subprocess.run(command, **kind) if wait else subprocess.Popen(command, **kind)
+    return start
