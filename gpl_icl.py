@@ -13,7 +13,8 @@ IDEA
   made from one data set: each multiplies the pixels by a random matrix of its own and renames the
   classes. With few tasks the model memorises them. With many it cannot, and past a threshold it
   turns into a learning algorithm, which works on tasks and data sets it has never seen. Learning is
-  then a forward pass: no gradient, no inner loss.
+  then a forward pass: no gradient, no inner loss. The switch comes late: for a long while the loss
+  sits on a plateau at chance, ln C, and much of the craft is in leaving it.
 
 ALGORITHM (meta-training, Algorithm 1 of the paper)
   repeat
@@ -22,8 +23,9 @@ ALGORITHM (meta-training, Algorithm 1 of the paper)
     token_j = concat(x_j, onehot(y_{j-1})), y_0 = 0             a label is seen one step late
     J(theta) = 1/(BT) sum_{b,j} cross_entropy(f_theta(token_1 .. token_j), y_j)
     theta <- Adam(theta, grad J)
-  Meta-test: tasks, images and data sets that were not trained on. The accuracy at each position j,
-  after j - 1 labelled examples, is the learning curve of the algorithm that f_theta has become.
+  K may be unlimited: then x_j is drawn without making any A_k, see gram_projection.
+  Meta-test: tasks, images and data sets that were not trained on. The accuracy at each position,
+  after 0, 1, .. T - 1 labelled examples, is the learning curve of the algorithm f_theta has become.
 
 SYMBOLS
   symbol     in the code            shape       meaning
@@ -158,8 +160,133 @@ PRESETS = {
 }
 
 # ---- 2. TASKS ----------------------------------------------------------------------------------
-# First the base data: official image files, or glyphs drawn from matplotlib's fonts. Then the
-# sampler, which makes tasks and sequences of it.
+# A task is a function of its integer id: nothing has to be stored, and task k is the same matrix
+# and permutation in training and testing, on any device. After the sampler come the base data.
+
+
+class Dataset(NamedTuple):
+    """Normalised examples."""
+    x: torch.Tensor      # (N, D) floats
+    y: torch.Tensor      # (N,) classes 0 .. classes - 1
+    classes: int
+
+
+WORD = 0xFFFFFFFF
+
+
+def mix(x):
+    """Scramble 32-bit words held in int64: xor-shift-multiply, constants known as lowbias32."""
+    x = (((x >> 16) ^ x) * 0x7FEB352D) & WORD
+    x = (((x >> 15) ^ x) * 0x846CA68B) & WORD
+    return (x >> 16) ^ x
+
+
+def task_bits(ids, count, start=0):
+    """Task ids (...) -> (..., count) int64: their random 32-bit words from number `start` on."""
+    key1 = mix((ids & WORD) ^ mix((ids >> 32) & WORD))
+    key2 = mix((key1 + 0x9E3779B9) & WORD)
+    counter = torch.arange(start, start + count, device=ids.device)
+    # Two keyed rounds. After one, every task would be a shifted window of the same stream.
+    return mix(mix((counter + key1[..., None]) & WORD) ^ key2[..., None])
+
+
+def normal_from_bits(bits):
+    """32-bit words -> standard normals. 23 bits and a half are exact in float32; from 24, the
+    largest would round to 1, an infinite draw."""
+    return math.sqrt(2) * torch.erfinv(((bits >> 9).float() + 0.5) / 2**22 - 1)
+
+
+def task_matrix(ids, n_in):
+    """Task ids (...) -> A (..., n_in, n_in), entries N(0, 1/n_in). Same id, same A.
+
+    1/n_in is the variance, so that A keeps lengths. As a deviation, a common slip, it shrinks the
+    inputs by sqrt(n_in), and the label drowns them.
+    """
+    bits = task_bits(ids, n_in * n_in)
+    return (normal_from_bits(bits) / math.sqrt(n_in)).unflatten(-1, (n_in, n_in))
+
+
+def task_permutation(ids, classes):
+    """Task ids (...) -> rho (..., classes): class c is called rho[c]. Same id, same rho."""
+    return task_bits(ids, classes, start=1 << 31).sort(dim=-1, stable=True).indices
+
+
+def gram_projection(x, noise=None):
+    """x (..., T, D) -> x A^T with a fresh task matrix A a sequence, without making one.
+
+    Column d of x A^T is x a_d with a_d ~ N(0, I/D): the D columns are independent and Gaussian with
+    covariance G = x x^T / D. So L noise with L L^T = G has the law of x A^T, from T D random
+    numbers instead of D^2 and T^2 D multiply-adds instead of T D^2. noise (..., T, D): N(0, 1).
+    """
+    gram = x @ x.mT / x.shape[-1]
+    # Repeated images make G singular. The jitter lets their projections differ by a hundredth.
+    gram.diagonal(dim1=-2, dim2=-1).add_(1e-4)
+    factor = torch.linalg.cholesky_ex(gram)[0]       # _ex: no error check, which would stop a GPU
+    return factor @ (torch.randn_like(x) if noise is None else noise)
+
+
+class Variant(NamedTuple):
+    """One run of a stack: where its training sequences come from."""
+    name: str
+    num_tasks: int = 0         # K; 0: a fresh task for every sequence
+    burst: float = 0.0         # share of sequences made of ten images
+    label_bias: float = 0.0    # share of sequences with one fixed label permutation
+
+
+def per_seed(sampler, generators, *shape):
+    """sampler(shape) of each generator -> (seeds, *shape): a seed alone equals its slice of all."""
+    return torch.stack([sampler(shape, generator=g, device=g.device) for g in generators])
+
+
+def sample_batch(data, variants, seeds, generators, batch, length, bank=None, distinct=False,
+                 projection="gram"):
+    """Sequences for a whole stack -> x (S, B, T, D), y (S, B, T); S = seeds x variants.
+
+    data        `Dataset` to draw from
+    variants    list of `Variant`: where the sequences of each run come from
+    seeds       integers, a generator each. Seed s has tasks of its own, ids s 2^32 + 0 .. K - 1;
+                all its variants see the same images and noise, for paired comparisons
+    bank        (seeds, K', D, D): matrices made before, for the variants with K <= K'
+    distinct    no image twice in a sequence: a fair test. Training draws with replacement
+    """
+    rand = lambda *shape: per_seed(torch.rand, generators, batch, *shape)      # (seeds, B, ...)
+    n, seed_index = len(data.x), torch.arange(len(seeds), device=data.x.device)[:, None]
+    any_image = rand(n).topk(length).indices if distinct else (rand(length) * n).long()
+    # Burst (ours): ten images make up a sequence. Copying the label of an identical earlier input
+    # is the easiest form of in-context learning, and a stepping stone to the general form.
+    ten_images = (rand(10) * n).long().gather(-1, (rand(length) * 10).long())  # (seeds, B, T)
+    burst, fixed, fresh_rho = rand(1), rand(1), rand(data.classes).argsort(-1)
+    number = per_seed(lambda shape, **to: torch.randint(1 << 40, shape, **to), generators, batch)
+    noise = per_seed(torch.randn, generators, batch, length, data.x.shape[1])
+    xs, ys = [], []
+    for variant in variants:     # few; at paper size one variant's matrices alone take over a GB
+        index = torch.where(burst < variant.burst, ten_images, any_image)      # (seeds, B, T)
+        x, y = data.x[index], data.y[index]
+        if variant.num_tasks == 0 and projection == "gram":
+            x, rho = gram_projection(x, noise), fresh_rho
+        else:
+            task = number % variant.num_tasks if variant.num_tasks else number + (1 << 62)
+            ids = task + (torch.tensor(seeds, device=task.device) << 32)[:, None]
+            known = bank is not None and 0 < variant.num_tasks <= bank.shape[1]
+            x = x @ (bank[seed_index, task] if known else task_matrix(ids, x.shape[-1])).mT
+            rho = task_permutation(ids, data.classes)                          # (seeds, B, C)
+        rho = torch.where(fixed < variant.label_bias, torch.arange(data.classes).to(rho), rho)
+        xs.append(x), ys.append(rho.gather(-1, y))
+    return torch.stack(xs, 1).flatten(0, 1), torch.stack(ys, 1).flatten(0, 1)
+
+
+def random_batch(generators, batch, length, n_in, classes):
+    """The paper's `random` data: ten points U(0, 1)^D with independent uniform labels, drawn with
+    replacement -> x (seeds, B, T, D), y (seeds, B, T). Identical inputs stay identical."""
+    points = (per_seed(torch.rand, generators, batch, 10, n_in) - 0.5) * math.sqrt(12)
+    points = gram_projection(points, per_seed(torch.randn, generators, batch, 10, n_in))
+    labels = (per_seed(torch.rand, generators, batch, 10) * classes).long()
+    which = (per_seed(torch.rand, generators, batch, length) * 10).long()
+    x = points.gather(2, which[..., None].expand(-1, -1, -1, n_in))
+    return x, labels.gather(2, which)
+
+
+# The base data: official image files, embeddings of your own, or glyphs of matplotlib's fonts.
 
 OFFICIAL = {  # data set: host, MD5 of each of FILES
     "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -174,18 +301,10 @@ OFFICIAL = {  # data set: host, MD5 of each of FILES
 FILES = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
          "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 GLYPHS = {"glyph_digits": "0123456789", "glyph_letters": "ABCDEFGHIJ"}
-FONTS = [f"DejaVu{family}{style}" for family, slanted in (
-    ("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
-    for style in ("", "-Bold", f"-{slanted}", f"-Bold{slanted}")] + [
-    "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta",
-    "cmr10", "cmb10", "cmss10", "cmti10", "cmtt10"]
-
-
-class Dataset(NamedTuple):
-    """Normalised examples."""
-    x: torch.Tensor      # (N, D) floats
-    y: torch.Tensor      # (N,) classes 0 .. classes - 1
-    classes: int
+FONTS = """DejaVuSans DejaVuSans-Bold DejaVuSans-Oblique DejaVuSans-BoldOblique DejaVuSansMono
+    DejaVuSansMono-Bold DejaVuSansMono-Oblique DejaVuSansMono-BoldOblique DejaVuSerif
+    DejaVuSerif-Bold DejaVuSerif-Italic DejaVuSerif-BoldItalic STIXGeneral STIXGeneralBol
+    STIXGeneralItalic STIXGeneralBolIta cmr10 cmb10 cmss10 cmti10 cmtt10""".split()
 
 
 def load_idx(path):
@@ -294,6 +413,7 @@ def glyphs(characters, per_class, image_size, distort, generator):
     uniform = distort * (torch.rand(6, n, generator=generator, device=device) * 2 - 1)
     turn, shear, shift = 0.26 * uniform[0], 0.2 * uniform[1], 0.12 * uniform[4:]
     (scale_x, scale_y), cos, sin = (0.2 * uniform[2:4]).exp(), turn.cos(), turn.sin()
+    # rotation @ shear @ scale | shift
     affine = torch.stack([cos * scale_x, (shear * cos - sin) * scale_y, shift[0],
                           sin * scale_x, (shear * sin + cos) * scale_y, shift[1]], 1)
     shape = (n, 1, 2 * image_size, 2 * image_size)
@@ -340,123 +460,6 @@ def load_dataset(name, cfg, device, held_out=False):
     if not std > 1e-6:
         raise ValueError(f"{name} is constant: nothing tells its examples apart")
     return [Dataset((x - mean) / std, y, cfg.classes) for x, y in splits]
-
-
-WORD = 0xFFFFFFFF
-
-
-def mix(x):
-    """Scramble 32-bit words held in int64: xor-shift-multiply, constants known as lowbias32."""
-    x = ((x >> 16) ^ x) * 0x7FEB352D & WORD
-    x = ((x >> 15) ^ x) * 0x846CA68B & WORD
-    return (x >> 16) ^ x
-
-
-def task_bits(ids, count, start=0):
-    """Task ids (...) -> (..., count) int64: their random 32-bit words from number `start` on."""
-    key1 = mix(ids & WORD ^ mix(ids >> 32 & WORD))
-    key2 = mix(key1 + 0x9E3779B9 & WORD)
-    counter = torch.arange(start, start + count, device=ids.device)
-    # Two keyed rounds. After one, every task would be a shifted window of the same stream.
-    return mix(mix(counter + key1[..., None] & WORD) ^ key2[..., None])
-
-
-def normal_from_bits(bits):
-    """32-bit words -> standard normals. 23 bits and a half are exact in float32; from 24, the
-    largest would round to 1, an infinite draw."""
-    return math.sqrt(2) * torch.erfinv(((bits >> 9).float() + 0.5) / 2**22 - 1)
-
-
-def task_matrix(ids, n_in):
-    """Task ids (...) -> A (..., n_in, n_in), entries N(0, 1/n_in). Same id, same A.
-
-    1/n_in is the variance, so that A keeps lengths. As a deviation, a common slip, it shrinks the
-    inputs by sqrt(n_in), and the label drowns them.
-    """
-    bits = task_bits(ids, n_in * n_in)
-    return (normal_from_bits(bits) / math.sqrt(n_in)).unflatten(-1, (n_in, n_in))
-
-
-def task_permutation(ids, classes):
-    """Task ids (...) -> rho (..., classes): class c is called rho[c]. Same id, same rho."""
-    return task_bits(ids, classes, start=1 << 31).sort(dim=-1, stable=True).indices
-
-
-def gram_projection(x, noise=None):
-    """x (..., T, D) -> x A^T with a fresh task matrix A a sequence, without making one.
-
-    The D outputs are independent, each Gaussian over the T inputs with covariance G = x x^T / D.
-    So L noise with L L^T = G has exactly the law of x A^T, from T D random numbers instead of D^2
-    and T^2 D multiply-adds instead of T D^2. noise (..., T, D): standard normal.
-    """
-    gram = x @ x.mT / x.shape[-1]
-    gram.diagonal(dim1=-2, dim2=-1).add_(1e-4)       # repeated images make G singular
-    factor = torch.linalg.cholesky_ex(gram)[0]       # _ex: no error check, which would stop a GPU
-    return factor @ (torch.randn_like(x) if noise is None else noise)
-
-
-class Variant(NamedTuple):
-    """One run of a stack: where its training sequences come from."""
-    name: str
-    num_tasks: int = 0         # K; 0: a fresh task for every sequence
-    burst: float = 0.0         # share of sequences made of ten images
-    label_bias: float = 0.0    # share of sequences with one fixed label permutation
-
-
-def draw(kind, generators, *shape):
-    """One draw a seed from its own generator: a seed alone equals its slice of a joint run."""
-    return torch.stack([kind(shape, generator=g, device=g.device) for g in generators])
-
-
-def sample_batch(data, variants, seeds, generators, batch, length, bank=None, distinct=False,
-                 projection="gram"):
-    """Sequences for a whole stack -> x (S, B, T, D), y (S, B, T); S = seeds x variants.
-
-    data        `Dataset` to draw from
-    variants    list of `Variant`, those with finite num_tasks first
-    seeds       integers, a generator each. Seed s has tasks of its own, ids s 2^32 + 0 .. K - 1;
-                all its variants see the same images and noise, for paired comparisons
-    bank        (seeds, K', D, D): matrices made before, for the variants with K <= K'
-    distinct    no image twice in a sequence: a fair test. Training draws with replacement
-    """
-    n, g = len(data.x), torch.arange(len(seeds), device=data.x.device)
-    share = lambda field: torch.tensor([[getattr(v, field)] for v in variants], device=g.device)
-    uniform = lambda *shape: draw(torch.rand, generators, 1, batch, *shape)    # (G, 1, B, ...)
-    index = uniform(n).topk(length).indices if distinct else (uniform(length) * n).long()
-    # Burst (ours): ten images make up a sequence. Copying the label of an identical earlier input
-    # is the easiest form of in-context learning, and a stepping stone to the general form.
-    ten = (uniform(10) * n).long().gather(-1, (uniform(length) * 10).long())
-    index = torch.where((uniform() < share("burst"))[..., None], ten, index)   # (G, V, B, T)
-    x, y = data.x[index], data.y[index]
-    noise = draw(torch.randn, generators, 1, batch, *x.shape[-2:])
-    rho = uniform(data.classes).argsort(-1).expand(-1, len(variants), -1, -1)  # (G, V, B, C)
-    number = draw(lambda shape, **more: torch.randint(1 << 40, shape, **more), generators, batch)
-    xs, rhos = [], []
-    for v, variant in enumerate(variants):   # a loop: at paper size each one's matrices take 1.3 GB
-        if not variant.num_tasks and projection == "gram":
-            xs.append(gram_projection(x[:, v:], noise))                        # all that follow
-            rhos.append(rho[:, v:])
-            break
-        task = number % variant.num_tasks if variant.num_tasks else number + (1 << 62)   # (G, B)
-        ids = task + (torch.tensor(seeds, device=g.device) << 32)[:, None]
-        known = bank is not None and 0 < variant.num_tasks <= bank.shape[1]
-        matrices = bank[g[:, None], task] if known else task_matrix(ids, x.shape[-1])
-        xs.append((x[:, v] @ matrices.mT)[:, None])
-        rhos.append(task_permutation(ids, data.classes)[:, None])
-    fixed = (uniform() < share("label_bias"))[..., None]
-    rho = torch.where(fixed, torch.arange(data.classes, device=g.device), torch.cat(rhos, 1))
-    return torch.cat(xs, 1).flatten(0, 1), rho.gather(-1, y).flatten(0, 1)
-
-
-def random_batch(generators, batch, length, n_in, classes):
-    """The paper's `random` data: ten points U(0, 1)^D with independent uniform labels, drawn with
-    replacement -> x (seeds, B, T, D), y (seeds, B, T). Identical inputs stay identical."""
-    points = (draw(torch.rand, generators, batch, 10, n_in) - 0.5) * math.sqrt(12)
-    points = gram_projection(points, draw(torch.randn, generators, batch, 10, n_in))
-    labels = (draw(torch.rand, generators, batch, 10) * classes).long()
-    which = (draw(torch.rand, generators, batch, length) * 10).long()
-    x = points.gather(2, which[..., None].expand(-1, -1, -1, n_in))
-    return x, labels.gather(2, which)
 
 
 # ---- 3. MODEL ----------------------------------------------------------------------------------
@@ -524,65 +527,63 @@ class Transformer(nn.Module):
         return 2 * len(self.blocks) * self.position.shape[1] * length
 
 
-class LSTM(nn.Module):
-    """nn.LSTM's equations and initial scale, as a loop: nn.LSTM does not run under vmap."""
+class Recurrent(nn.Module):
+    """h, c = cell(input(token) + recurrent(h), c). A loop: nn.LSTM does not run under vmap."""
 
-    def __init__(self, n_in, classes, hidden):
+    def __init__(self, n_in, classes, gates, hidden, state_shape):
         super().__init__()
-        self.classes = classes
-        self.input = nn.Linear(n_in + classes, 4 * hidden)
-        self.recurrent = nn.Linear(hidden, 4 * hidden)
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -hidden**-0.5, hidden**-0.5)
+        self.classes, self.state_shape = classes, state_shape
+        self.input = nn.Linear(n_in + classes, gates)
+        self.recurrent = nn.Linear(hidden, gates)
         self.head = zero_head(hidden, classes)
 
     def forward(self, x, y):
-        drive, outputs = self.input(tokens(x, y, self.classes)), []            # (B, T, 4 hidden)
-        h = c = drive.new_zeros(x.shape[0], self.recurrent.in_features)
+        drive, outputs = self.input(tokens(x, y, self.classes)), []            # (B, T, gates)
+        h = drive.new_zeros(x.shape[0], self.recurrent.in_features)
+        c = drive.new_zeros(x.shape[0], *self.state_shape)
         for now in drive.unbind(1):
-            i, f, g, o = (now + self.recurrent(h)).chunk(4, -1)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * c.tanh()
+            h, c = self.cell(now + self.recurrent(h), c)
             outputs.append(h)
         return self.head(torch.stack(outputs, 1))
+
+
+class LSTM(Recurrent):
+    """nn.LSTM's equations and initial scale. State: h and c, about the root of its parameters."""
+
+    def __init__(self, n_in, classes, hidden):
+        super().__init__(n_in, classes, 4 * hidden, hidden, (hidden,))
+        for parameter in (*self.input.parameters(), *self.recurrent.parameters()):
+            nn.init.uniform_(parameter, -hidden**-0.5, hidden**-0.5)
+
+    def cell(self, gates, c):
+        """gates (B, 4 hidden), c (B, hidden) -> next h and c."""
+        i, f, g, o = gates.chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
 
     def state_size(self, length):
         return 2 * self.recurrent.in_features
 
 
-class OuterProductLSTM(nn.Module):
+class OuterProductLSTM(Recurrent):
     """LSTM whose cell is a matrix a head, written by outer products and read by a query.
 
-    Its state, heads * size^2, is as large as its parameters; an LSTM's is about their square root.
+    State: heads * size^2, growing like its parameters, where an LSTM's grows like their root.
     """
 
     def __init__(self, n_in, classes, heads, size):
-        super().__init__()
-        self.classes, self.heads, self.size = classes, heads, size
-        self.input = nn.Linear(n_in + classes, heads * 8 * size)
-        self.recurrent = nn.Linear(heads * size, heads * 8 * size, bias=False)
-        self.head = zero_head(heads * size, classes)
+        super().__init__(n_in, classes, 8 * heads * size, heads * size, (heads, size, size))
 
     def cell(self, gates, c):
-        """gates (..., 8, size), c (..., size, size) -> next c, output (..., size)."""
-        a, b, query, out = gates.split((3, 3, 1, 1), -2)
-        i, f, g = (a[..., :, None] * b[..., None, :]).unbind(-3)               # outer products
+        """gates (B, heads * 8 * size), c (B, heads, size, size) -> next h (B, heads * size), c."""
+        gates = gates.unflatten(-1, (c.shape[-3], 8, c.shape[-1]))
+        rows, columns, query, out = gates.split((3, 3, 1, 1), -2)              # (B, heads, ., size)
+        i, f, g = (rows[..., :, None] * columns[..., None, :]).unbind(-3)      # outer products
         c = (f + 1).sigmoid() * c + i.sigmoid() * g
-        return c, (out.sigmoid() * (c @ query.mT).mT.tanh()).squeeze(-2)
-
-    def forward(self, x, y):
-        drive, outputs = self.input(tokens(x, y, self.classes)), []
-        h = drive.new_zeros(x.shape[0], self.heads * self.size)
-        c = drive.new_zeros(x.shape[0], self.heads, self.size, self.size)
-        for now in drive.unbind(1):
-            gates = (now + self.recurrent(h)).unflatten(-1, (self.heads, 8, self.size))
-            c, h = self.cell(gates, c)
-            h = h.flatten(1)                                                   # (B, heads * size)
-            outputs.append(h)
-        return self.head(torch.stack(outputs, 1))
+        return (out.sigmoid() * (query @ c.mT).tanh()).flatten(1), c           # c query, as a row
 
     def state_size(self, length):
-        return self.heads * self.size**2
+        return math.prod(self.state_shape)
 
 
 class MLP(nn.Module):
@@ -672,7 +673,8 @@ def learner(cfg, run, build, seeds, variants, adam_eps=0.0):
 
 def task_bank(variants, seeds, n_in, device, limit=1 << 28):
     """Matrices of all tasks of the finite variants, (seeds, K, D, D), up to `limit` numbers."""
-    sizes = [v.num_tasks for v in variants if len(seeds) * v.num_tasks * n_in**2 <= limit]
+    sizes = [variant.num_tasks for variant in variants
+             if len(seeds) * variant.num_tasks * n_in**2 <= limit]
     if not any(sizes):
         return None
     offset = (torch.tensor(seeds, device=device) << 32)[:, None]
@@ -689,11 +691,12 @@ def train(cfg, run, stage, build, variants, data, probe, steps, batch=0, adam_ep
     probe: (x (seeds, E, T, D), y) of new tasks, read every `log_every` steps without any bias
     -> (f, params): the stacked forward function, the trained parameters {name: (S, ...)}
     """
-    seeds, v = run.seeds, len(variants)
-    forward, params, adam, loss_function = learner(cfg, run, build, seeds, v, adam_eps)
+    seeds = run.seeds
+    members = [(seed, variant) for seed in seeds for variant in variants]      # S of them
+    forward, params, adam, loss_function = learner(cfg, run, build, seeds, len(variants), adam_eps)
     generators = [torch.Generator(run.device).manual_seed(seed) for seed in seeds]
     bank = task_bank(variants, seeds, data.x.shape[1], run.device)
-    running = torch.zeros(len(seeds) * v, device=run.device)   # sum of losses since the last log
+    running = torch.zeros(len(members), device=run.device)     # sum of losses since the last log
     state = {"params": params, "adam": adam, "generators": generators, "running": running}
     for step in run.steps(stage, steps, state):
         # COLLECT
@@ -712,9 +715,9 @@ def train(cfg, run, stage, build, variants, data, probe, steps, batch=0, adam_ep
                 run.average([running])
                 training = (running / (step % cfg.log_every + 1)).tolist()
                 running.zero_()
-            run.log([{"seed": seeds[i // v], "run": variants[i % v].name,
-                      "training_loss": training[i], "loss": loss[i].mean().item(),
-                      "late": late(accuracy[i])} for i in range(len(losses))])
+            run.log([{"seed": seed, "run": variant.name, "training_loss": training[i],
+                      "loss": loss[i].mean().item(), "late": late(accuracy[i])}
+                     for i, (seed, variant) in enumerate(members)])
     return forward, params
 
 
@@ -724,10 +727,10 @@ def train(cfg, run, stage, build, variants, data, probe, steps, batch=0, adam_ep
 @torch.no_grad()
 def evaluate(forward, params, x, y):
     """x (seeds or S, E, T, D), y (seeds or S, E, T) -> loss (S, T), accuracy (S, T), on the CPU."""
-    variants = len(next(iter(params.values()))) // len(x)
+    each = len(next(iter(params.values()))) // len(x)          # variants that share a batch
     losses, right = [], []
     for xs, ys in zip(x.split(128, 1), y.split(128, 1)):
-        xs, ys = xs.repeat_interleave(variants, 0), ys.repeat_interleave(variants, 0)
+        xs, ys = xs.repeat_interleave(each, 0), ys.repeat_interleave(each, 0)
         logits = forward(params, xs, ys).float()                               # (S, E', T, C)
         losses.append(F.cross_entropy(logits.movedim(-1, 1), ys, reduction="none"))
         right.append(logits.argmax(-1) == ys)
@@ -774,10 +777,10 @@ def online_sgd(x, y, lr=0.01):
     return torch.stack(predictions, 1)
 
 
-def random_dataset_optimum(length):
-    """Best accuracy by position (T,) on `random`: at position j the point was shown before with
-    probability 1 - 0.9^(j-1), else one can only guess: 1 - 0.9^j together."""
-    return 1 - 0.9 ** torch.arange(1, length + 1, dtype=torch.float64)
+def random_dataset_optimum(length, classes=10):
+    """Best accuracy (T,) on `random` after 0 .. T - 1 examples: the point is new with probability
+    0.9^examples, and then one can only guess."""
+    return 1 - 0.9 ** torch.arange(length, dtype=torch.float64) * (1 - 1 / classes)
 
 
 def reference_curves(tests, validation):
@@ -798,11 +801,8 @@ def reference_curves(tests, validation):
                    for rule in rules} for name, (x, y) in tests.items()}
 
 
-def measure_speed(cfg, data, run, repeats=5):
-    """Rates and ratios of the learner of this configuration and of the paper's shapes.
-
-    Each repeat times all works in turn: a ratio compares the same moments of a noisy machine.
-    """
+def measure_speed(cfg, data, run):
+    """Rates and ratios of the learner of this configuration and of the paper's shapes."""
     device, rates, size = run.device, {}, 32 if run.device.type == "cpu" else 512
     noise = Dataset(torch.randn(2000, 784, device=device), data.y.new_zeros(2000), 10)
     for name, source, shape in (
@@ -811,45 +811,38 @@ def measure_speed(cfg, data, run, repeats=5):
         (batch, length, width, layers, heads), n_in = shape, source.x.shape[1]
         build = lambda: Transformer(n_in, source.classes, length, width, layers, heads)
         _, params, adam, loss_function = learner(cfg, run, build, [0], 1)
-        generators, square = [torch.Generator(device)], torch.randn(2048, 2048, device=device)
-        kinds = [Variant("", 0, cfg.burst)]
+        generators, kinds = [torch.Generator(device)], [Variant("", 0, cfg.burst)]
         sample = lambda: sample_batch(source, kinds, [0], generators, batch, length)
         x, y = sample()
-        works = {"step": lambda: meta_step(loss_function, params, adam, x, y, cfg.clip, run),
-                 "data": sample, "product": lambda: square @ square,
-                 "gram": lambda: gram_projection(x[0]),
-                 "matrices": lambda: x[0] @ torch.randn(batch, n_in, n_in, device=device)}
-        took = {work: [] for work in works}
-        for _ in range(repeats + 2):
-            for work, function in works.items():
-                synchronise(device)
-                start = time.perf_counter()
-                function()
-                synchronise(device)
-                took[work].append(time.perf_counter() - start)
-        took = {work: statistics.median(times[2:]) for work, times in took.items()}
+        square = torch.randn(2048, 2048, device=device)
+        step, data_path, product, gram, matrices = median_seconds(device, [
+            lambda: meta_step(loss_function, params, adam, x, y, cfg.clip, run), sample,
+            lambda: square @ square, lambda: gram_projection(x[0]),
+            lambda: x[0] @ torch.randn(batch, n_in, n_in, device=device)])
         weights = sum(p.numel() for p in params.values()) - length * width
         flops = 6 * batch * length * (weights + layers * length * width)       # causal attention
-        rates[name] = {
-            "sequences_per_second": batch / (took["step"] + took["data"]),
-            "model_sequences_per_second": batch / took["step"],
-            "data_share_of_step": took["data"] / (took["step"] + took["data"]),
-            "model_flops_per_second": flops / took["step"],
-            "product_flops_per_second": 2 * 2048**3 / took["product"],
-            "model_share_of_product_rate": flops * took["product"] / took["step"] / (2 * 2048**3),
-            "gram_speedup_over_matrices": took["matrices"] / took["gram"]}
+        rates[name] = {"sequences_per_second": batch / (step + data_path),
+                       "model_sequences_per_second": batch / step,
+                       "data_share_of_step": data_path / (step + data_path),
+                       "model_flops_per_second": flops / step,
+                       "product_flops_per_second": 2 * 2048**3 / product,
+                       "model_share_of_product_rate": flops * product / step / (2 * 2048**3),
+                       "gram_speedup_over_matrices": matrices / gram}
     return rates
 
 
 def plan(cfg, flops_per_second):
     """What a run of `cfg` does and how long it should take at this rate of matrix products."""
-    small = len(cfg.sweep.split(",")) * bool(cfg.sweep) + 5 * cfg.plateau + 4 * cfg.baselines
+    small = len(cfg.sweep.split(",")) * bool(cfg.sweep) + 5 * cfg.plateau
     n_in = cfg.image_size**2 * (3 if cfg.rgb else 1) + cfg.classes
     work = lambda steps, width: 6 * steps * width * (n_in + 12 * cfg.layers * width)
     flops = work(cfg.steps, cfg.d_model) + small * work(cfg.sweep_steps, cfg.sweep_d_model)
-    minutes = 0.1 + cfg.num_seeds * cfg.batch * cfg.length * flops / flops_per_second / 0.35 / 60
+    flops += 8 * cfg.baselines * work(cfg.baseline_steps, cfg.sweep_d_model)   # slow: small steps
+    flops *= cfg.num_seeds * cfg.batch * cfg.length
+    minutes = 0.3 + flops / (0.4 * flops_per_second) / 60     # the models reach 0.4 of the rate
     return (f"meta-trains on {cfg.features or cfg.dataset}, for {cfg.num_seeds} seed(s), a general "
-            f"learner and {small} smaller runs: about {minutes:.1f} min here")
+            f"learner, {small} smaller ones and {3 * cfg.baselines} baselines: "
+            f"about {minutes:.1f} min here")
 
 
 def experiment(cfg, run):
@@ -864,16 +857,21 @@ def experiment(cfg, run):
     n_in, width = data[0].x.shape[1], cfg.sweep_d_model
     if unseen.x.shape[1] != n_in:
         raise ValueError(f"--unseen {cfg.unseen} has {unseen.x.shape[1]} inputs, {name} has {n_in}")
-    streams = lambda first: [torch.Generator(run.device).manual_seed(first + s) for s in run.seeds]
-    fresh = lambda source, generators, variants: sample_batch(
-        source, variants, run.seeds, generators, cfg.eval_sequences, cfg.length, distinct=True)
+
+    def streams(purpose):
+        """A generator a seed, of a purpose (1 to 5) of its own; training has purpose 0."""
+        return [torch.Generator(run.device).manual_seed((purpose << 40) + s) for s in run.seeds]
+
+    def fresh(source, purpose, variants=(Variant("new tasks"),)):
+        """Test sequences, without any bias and without a repeated image."""
+        return sample_batch(source, variants, run.seeds, streams(purpose), cfg.eval_sequences,
+                            cfg.length, distinct=True)
+
     with run.clock("evaluation"):
-        generators, new = streams(1 << 40), [Variant("new tasks")]
-        sizes = cfg.eval_sequences, cfg.length, n_in, cfg.classes
-        tests = {"unseen_tasks": fresh(data[1], generators, new),
-                 "unseen_dataset": fresh(unseen, generators, new),
-                 "random": random_batch(generators, *sizes)}
-        references = reference_curves(tests, fresh(data[0], generators, new))
+        tests = {"unseen_tasks": fresh(data[1], 1), "unseen_dataset": fresh(unseen, 2),
+                 "random": random_batch(streams(3), cfg.eval_sequences, cfg.length, n_in,
+                                        cfg.classes)}
+        references = reference_curves(tests, fresh(data[0], 4))
     probe, results = [t[:, :256] for t in tests["unseen_tasks"]], {}
 
     def meta_train(stage, build, variants, steps, **changes):
@@ -881,7 +879,7 @@ def experiment(cfg, run):
         forward, params = train(cfg, run, stage, build, variants, data[0], probe, steps, **changes)
         with run.clock("evaluation"):
             own = [variant._replace(burst=0.0, label_bias=0.0) for variant in variants]
-            tested = {**tests, "seen_tasks": fresh(data[0], streams(1 << 41), own)}
+            tested = {**tests, "seen_tasks": fresh(data[0], 5, own)}
             curves = {test: evaluate(forward, params, *batch)[1].unflatten(0, (len(run.seeds), -1))
                       for test, batch in tested.items()}                       # (seeds, V, T) each
         size = {"state": build().state_size(cfg.length),
@@ -920,11 +918,10 @@ def seed_summary(run, i, results, references):
     rounded = lambda curve: [round(value, 4) for value in curve.tolist()]
     curves = {stage: {name: {test: rounded(curve[i, v]) for test, curve in r["curves"].items()}
                       for v, name in enumerate(r["runs"])} for stage, r in results.items()}
-    history = {stage: {name: [] for name in r["runs"]} for stage, r in results.items()}
-    for row in run.rows:
-        if row["seed"] == run.seeds[i]:
-            point = [row["step"], round(row["loss"], 4), round(row["late"], 4)]
-            history[row["stage"]][row["run"]].append(point)
+    history = {stage: {name: [(row["step"], round(row["loss"], 4), round(row["late"], 4))
+                              for row in run.rows if (row["seed"], row["stage"], row["run"])
+                              == (run.seeds[i], stage, name)]
+                       for name in r["runs"]} for stage, r in results.items()}
     learnt, headline = curves["learner"]["unlimited"], {}
     for test in ("unseen_tasks", "unseen_dataset"):
         headline[f"unlimited_{test}_late"] = late(learnt[test])
@@ -935,15 +932,19 @@ def seed_summary(run, i, results, references):
         if name.startswith("K="):
             headline[f"k{name[2:]}_seen_late"] = late(tested["seen_tasks"])
             headline[f"k{name[2:]}_unseen_late"] = late(tested["unseen_tasks"])
-    if "half batch" in curves:   # the plateau: the uniform run, when the burst run passes 0.35
-        burst, uniform = history["sweep"]["unlimited"], history["sweep"]["uniform"]
-        n = next((n for n, point in enumerate(burst) if point[2] > 0.35), len(burst) - 1)
-        headline |= {"plateau_left_at_step": burst[n][0], "uniform_late": uniform[n][2]}
+    if "half batch" in curves:
+        # The plateau: the uniform run at the step at which its rival passes 0.35, else at the end.
+        rival, uniform = history["sweep"]["unlimited"], history["sweep"]["uniform"]
+        passed = [n for n, (_, _, accuracy) in enumerate(rival) if accuracy > 0.35] + [-1]
+        headline["uniform_late"] = uniform[passed[0]][2]
     for stage, key in (("sweep", "small_transformer_late"), ("LSTM", "lstm_late"),
                        ("outer-product LSTM", "outer_product_lstm_late"),
                        ("MLP", "mlp_unseen_late")):
         if stage in curves:
             headline[key] = late(curves[stage]["unlimited"]["unseen_tasks"])
+    for name, tested in curves.get("MLP", {}).items():
+        if name.startswith("K="):
+            headline[f"mlp_k{name[2:]}_seen_late"] = late(tested["seen_tasks"])
     rules = {test: {rule: rounded(curve[i]) for rule, curve in by_rule.items()}
              for test, by_rule in references.items()}
     return {"seed": run.seeds[i], "headline": headline, "curves": curves, "references": rules,
@@ -952,17 +953,15 @@ def seed_summary(run, i, results, references):
 
 def beside(cfg, per_seed):
     """{headline metric: what the closing table says beside it}: chance, rules, optimum, paper."""
-    notes, end = {}, {"late": late, "last": lambda curve: curve[-1]}
-    for test, metric in (("unseen_tasks", "unlimited_unseen_tasks_late"),
-                         ("unseen_tasks", "unlimited_unseen_tasks_last"),
-                         ("unseen_dataset", "unlimited_unseen_dataset_late"),
-                         ("unseen_dataset", "unlimited_unseen_dataset_last"),
-                         ("random", "random_late")):
-        notes[metric] = f"chance {1 / cfg.classes:.2f}"
-        for rule in per_seed[0]["references"][test]:
-            values = [end[metric[-4:]](row["references"][test][rule]) for row in per_seed]
-            notes[metric] += f", {rule} {statistics.fmean(values):.3f}"
-    notes["random_late"] += f", optimum {late(random_dataset_optimum(cfg.length)):.3f}"
+    notes = {}
+    for test in ("unseen_tasks", "unseen_dataset", "random"):
+        for end, where in (("late", late), ("last", lambda curve: curve[-1])):
+            rules = [f"{rule} " + format(statistics.fmean(
+                where(row["references"][test][rule]) for row in per_seed), ".3f")
+                for rule in per_seed[0]["references"][test]]
+            metric = f"random_{end}" if test == "random" else f"unlimited_{test}_{end}"
+            notes[metric] = ", ".join([f"chance {1 / cfg.classes:.2f}", *rules])
+    notes["random_late"] += f", optimum {late(random_dataset_optimum(cfg.length, cfg.classes)):.3f}"
     if cfg.dataset == "mnist" and cfg.length == 100 and not cfg.features:      # the paper's table
         notes["unlimited_unseen_tasks_last"] += ", paper 0.737"
         paper = {"fashion_mnist": ", paper 0.622", "kmnist": ", paper 0.534"}
@@ -971,6 +970,9 @@ def beside(cfg, per_seed):
 
 
 # ---- 7. FIGURE ---------------------------------------------------------------------------------
+
+BLUE, ORANGE, GREEN, RED, GREY, PINK, SKY = (                                  # Okabe and Ito
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777", "#CC79A7", "#56B4E9")
 
 
 def plot(summary, path):
@@ -986,16 +988,13 @@ def plot(summary, path):
     plot_memory(d, summary["models"], rows)
     for axis in (a, b, d):
         axis.axhline(1 / cfg["classes"], color=GREY, ls=":", label="chance")
-    a.legend(loc="center left"), b.legend(loc="lower right"), c.legend(), d.legend()
+    a.legend(loc="upper right", bbox_to_anchor=(1, 0.94)), b.legend(loc="lower right")
+    c.legend(loc="lower left"), d.legend(loc="upper left")
     data = (cfg["features"] or cfg["dataset"]).replace("_", " ")
     figure.suptitle(f"General-purpose in-context learning, meta-trained on {data}. Thin: each of "
                     f"{len(rows)} seed(s); thick: mean. Late: last third of {cfg['length']}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-BLUE, ORANGE, GREEN, RED, GREY, PINK, SKY = (                                  # Okabe and Ito
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777", "#CC79A7", "#56B4E9")
 
 
 def plot_lines(axis, x, curves, colour, label, style="-"):
@@ -1021,15 +1020,15 @@ def plot_phases(axis, cfg, rows):
     plot_lines(axis, x, series("seen_tasks", late), RED, "seen tasks, late")
     plot_lines(axis, x, learnt, BLUE, "unseen tasks, late")
     plot_lines(axis, x, series("unseen_dataset", late), ORANGE, f"unseen data ({cfg['unseen']})")
-    halfway, named = (learnt.mean(0)[-1] + 1 / cfg["classes"]) / 2, []
-    for i, (at_once, new) in enumerate(zip(first.mean(0), learnt.mean(0))):
+    # Memorise: right at once. Learn: right on new tasks. Identify: right later, on seen tasks only.
+    halfway, named = (learnt.mean(0)[-1] + 1 / cfg["classes"]) / 2, set()
+    edges = np.convolve(np.pad(x, 1, "edge"), [0.5, 0.5], "valid")
+    for at_once, new, left, right in zip(first.mean(0), learnt.mean(0), edges, edges[1:]):
         name, colour = (("memorise", PINK) if at_once > 0.5 else
                         ("learn", BLUE) if new > halfway else ("identify", GREY))
-        left, right = (np.mean([x[i], x[max(0, min(i + side, len(x) - 1))]]) for side in (-1, 1))
         axis.axvspan(left, right, color=colour, alpha=0.1, lw=0)
-        if name not in named:
-            axis.text(left + 0.1, 1.03, name, style="italic")
-        named.append(name)
+        axis.text(left + 0.1, 1.03, "" if name in named else name, style="italic")
+        named.add(name)
     ticks = [f"$2^{{{power:.0f}}}$" if power % 1 == 0 else f"{2**power:.0f}" for power in x[:-1]]
     axis.set_xticks(x, ticks + ["∞"])
 
@@ -1047,7 +1046,8 @@ def plot_learning(axis, cfg, rows):
             axis.plot(x, curve, styles[rule], color=colour, lw=1)
     for rule, style in styles.items():
         axis.plot([], [], style, color="black", lw=1, label=f"{rule}, in the data's colour")
-    axis.plot(x, random_dataset_optimum(cfg["length"]), "k", lw=0.8, label="optimum, random")
+    optimum = random_dataset_optimum(cfg["length"], cfg["classes"])
+    axis.plot(x, optimum, "k", lw=0.8, label="optimum, random")
     axis.set(xlabel="labelled examples seen", ylabel="accuracy", ylim=(0, 1),
              title="(b) The general learner learns in context")
 
@@ -1070,20 +1070,21 @@ def plot_plateau(axis, cfg, rows):
 
 def plot_memory(axis, models, rows):
     """(d) Accuracy on new tasks against state size (filled) and parameter count (hollow)."""
-    for stage, label, colour in (
-            ("learner", "Transformer", BLUE), ("sweep", "Transformer, narrow", SKY),
-            ("LSTM", "LSTM", RED), ("outer-product LSTM", "outer-product LSTM", ORANGE),
-            ("MLP", "MLP", GREY)):
+    for stage, label, colour, height in (
+            ("learner", "Transformer", BLUE, 9), ("sweep", "narrow Transformer", SKY, 9),
+            ("LSTM", "LSTM", RED, 9), ("outer-product LSTM", "outer-product LSTM", ORANGE, 22),
+            ("MLP", "MLP", GREY, 9)):
         if stage in models:
             values = [late(row["curves"][stage]["unlimited"]["unseen_tasks"]) for row in rows]
             state, mean = max(1, models[stage]["state"]), np.mean(values)
             axis.plot([state] * len(values), values, "_", color=colour, ms=14)
             axis.plot(state, mean, "o", color=colour, ms=9)
             axis.plot(models[stage]["parameters"], mean, "o", mfc="none", color=colour, ms=9)
-            axis.annotate(label, (state, mean), (0, 9), textcoords="offset points", ha="center")
+            axis.annotate(label, (state, mean), (0, height), textcoords="offset points",
+                          ha="center")
     axis.plot([], [], "ko", label="numbers carried between examples (MLP: none)")
     axis.plot([], [], "ko", mfc="none", label="parameters")
-    axis.set(xscale="log", xlabel="count", ylabel="late accuracy, unseen tasks", ylim=(0, 0.85),
+    axis.set(xscale="log", xlabel="count", ylabel="late accuracy, unseen tasks", ylim=(0, 1),
              title="(d) State size and parameters")
 
 
@@ -1155,16 +1156,17 @@ def synchronise(device):
         getattr(torch, device.type).synchronize()
 
 
-def matmul_rate(device, size=2048):
-    """FLOP/s of a float32 matrix product here and now, the best of four."""
-    a, times = torch.randn(size, size, device=device), []
-    for _ in range(4):
-        synchronise(device)
-        start = time.perf_counter()
-        a @ a
-        synchronise(device)
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
+def median_seconds(device, works, repeats=5):
+    """Median time of each function, all called in turn: ratios compare the same moments."""
+    times = [[] for _ in works]
+    for _ in range(repeats + 2):
+        for work, spent in zip(works, times):
+            synchronise(device)
+            start = time.perf_counter()
+            work()
+            synchronise(device)
+            spent.append(time.perf_counter() - start)
+    return [statistics.median(spent[2:]) for spent in times]                   # two to warm up
 
 
 class Run:
@@ -1331,7 +1333,7 @@ class Run:
             memory /= 2**(30 if sys.platform == "darwin" else 20)
         return {"hardware": torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} x {name}",
                 "device": self.device.type, "threads": torch.get_num_threads(),
-                "processes": self.world, "precision": "TF32" if gpu else "float32",
+                "processes": self.world, "matmul": "TF32" if gpu else "float32",
                 "compiled": self.compiled, "python": platform.python_version(),
                 "versions": {module.__name__: module.__version__ for module in (torch, np)},
                 "peak_memory_gb": torch.cuda.max_memory_allocated() / 2**30 if gpu else memory}
@@ -1391,7 +1393,9 @@ def main(argv=None):
     if (folder / "summary.json").exists():
         return show(folder)                          # resumed, but finished already
     if run.rank == 0:
-        print(f"{SCRIPT} {plan(cfg, matmul_rate(run.device))}")
+        square = torch.randn(1024, 1024, device=run.device)
+        flops_per_second = 2 * 1024**3 / median_seconds(run.device, [lambda: square @ square])[0]
+        print(f"{SCRIPT} {plan(cfg, flops_per_second)}")
         print(", ".join(f"{name} {value}" for name, value in run.setting().items()))
         print(f"into {folder}{' (resumed)' if run.stages else ''}", flush=True)
     try:
