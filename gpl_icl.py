@@ -56,6 +56,7 @@ import contextlib
 import copy
 import gzip
 import hashlib
+import http.client
 import inspect
 import json
 import math
@@ -126,24 +127,20 @@ class Config:
     save_every: int = 250            # steps between checkpoints
 
     def __post_init__(self):
-        low = dict.fromkeys(("steps", "sweep_steps", "baseline_steps", "warmup", "seed", "distort",
-                             "burst", "label_bias"), 0)
+        low = {"warmup": 0, "seed": 0, "distort": 0, "burst": 0, "label_bias": 0, "classes": 2}
+        high = {"burst": 1, "label_bias": 1, "seed": 1 << 28}
         for name, value in asdict(self).items():
-            option, least = "--" + name.replace("_", "-"), {**low, "classes": 2}.get(name)
-            if type(value) in (int, float) and not (
-                    0 < value < math.inf if least is None else least <= value < math.inf):
-                bound = "above 0" if least is None else f"at least {least}"
-                raise ValueError(f"{option} must be {bound} and finite, not {value}")
-        choices = {"center": ("pixel", "global"), "projection": ("gram", "hash")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"--{name} must be {' or '.join(allowed)}, not "
-                                 f"{getattr(self, name)!r}")
-        if max(self.burst, self.label_bias) > 1:
-            raise ValueError("--burst and --label-bias are shares: at most 1")
+            above = value >= low[name] if name in low else type(value) is str or value > 0
+            if type(value) in (int, float) and not (above and value <= high.get(name, 1e300)):
+                raise ValueError(f"--{name.replace('_', '-')} must be "
+                                 + (f"at least {low[name]}" if name in low else "above 0")
+                                 + f" and at most {high.get(name, 'finite')}, not {value}")
+        if self.center not in ("pixel", "global") or self.projection not in ("gram", "hash"):
+            raise ValueError("--center is pixel or global, --projection is gram or hash")
         if self.d_model % self.heads or self.sweep_d_model % self.heads:
             raise ValueError(f"--heads {self.heads} must divide --d-model and --sweep-d-model")
-        if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", self.sweep):
+        sizes = self.sweep.split(",") if self.sweep else []
+        if not all(re.fullmatch(r"[1-9]\d*", size) for size in sizes) or len({*sizes}) < len(sizes):
             raise ValueError(f"--sweep must be numbers such as 16,128,1024, not {self.sweep!r}")
 
 
@@ -233,13 +230,21 @@ class Variant(NamedTuple):
     label_bias: float = 0.0    # share of sequences with one fixed label permutation
 
 
+def stream(seed, purpose, device):
+    """Random generator of one seed for one purpose: 0 training, 1-5 tests, 6 weights, 7 glyphs.
+
+    The number is small, because torch's CPU generator keeps only 32 bits of it.
+    """
+    return torch.Generator(device).manual_seed(8 * seed + purpose)
+
+
 def per_seed(sampler, generators, *shape):
     """sampler(shape) of each generator -> (seeds, *shape): a seed alone equals its slice of all."""
     return torch.stack([sampler(shape, generator=g, device=g.device) for g in generators])
 
 
 def sample_batch(data, variants, seeds, generators, batch, length, bank=None, distinct=False,
-                 projection="gram"):
+                 projection="gram", make_matrices=task_matrix):
     """Sequences for a whole stack -> x (S, B, T, D), y (S, B, T); S = seeds x variants.
 
     data        `Dataset` to draw from
@@ -248,6 +253,7 @@ def sample_batch(data, variants, seeds, generators, batch, length, bank=None, di
                 all its variants see the same images and noise, for paired comparisons
     bank        (seeds, K', D, D): matrices made before, for the variants with K <= K'
     distinct    no image twice in a sequence: a fair test. Training draws with replacement
+    projection  "gram" or "hash": how unlimited tasks are made;  make_matrices: compiled, on a GPU
     """
     rand = lambda *shape: per_seed(torch.rand, generators, batch, *shape)      # (seeds, B, ...)
     n, seed_index = len(data.x), torch.arange(len(seeds), device=data.x.device)[:, None]
@@ -268,7 +274,7 @@ def sample_batch(data, variants, seeds, generators, batch, length, bank=None, di
             task = number % variant.num_tasks if variant.num_tasks else number + (1 << 62)
             ids = task + (torch.tensor(seeds, device=task.device) << 32)[:, None]
             known = bank is not None and 0 < variant.num_tasks <= bank.shape[1]
-            x = x @ (bank[seed_index, task] if known else task_matrix(ids, x.shape[-1])).mT
+            x = x @ (bank[seed_index, task] if known else make_matrices(ids, x.shape[-1])).mT
             rho = task_permutation(ids, data.classes)                          # (seeds, B, C)
         rho = torch.where(fixed < variant.label_bias, torch.arange(data.classes).to(rho), rho)
         xs.append(x), ys.append(rho.gather(-1, y))
@@ -331,17 +337,19 @@ def fetch(name, file, path):
     """Download one official file; it gets its name only after its MD5 has been checked."""
     host, *sums = OFFICIAL[name]
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, md5 = path.with_suffix(".part"), hashlib.md5()
-    with urllib.request.urlopen(host + file, timeout=60) as source, open(part, "wb") as target:
-        size = int(source.headers.get("Content-Length", 0))
-        with tqdm(total=size, unit="B", unit_scale=True, desc=file) as bar:
-            while chunk := source.read(1 << 16):
-                target.write(chunk), md5.update(chunk), bar.update(len(chunk))
-    if md5.hexdigest() != sums[FILES.index(file)]:
-        part.unlink()
-        raise ValueError(f"{host}{file} has MD5 {md5.hexdigest()}, not "
-                         f"{sums[FILES.index(file)]}: not kept")
-    os.replace(part, path)
+    part, md5 = path.with_suffix(f".{os.getpid()}.part"), hashlib.md5()
+    try:
+        with urllib.request.urlopen(host + file, timeout=60) as source, open(part, "wb") as target:
+            size = int(source.headers.get("Content-Length", 0))
+            with tqdm(total=size, unit="B", unit_scale=True, desc=file) as bar:
+                while chunk := source.read(1 << 16):
+                    target.write(chunk), md5.update(chunk), bar.update(len(chunk))
+        if md5.hexdigest() != sums[FILES.index(file)]:
+            raise OSError(f"its MD5 is {md5.hexdigest()}, not {sums[FILES.index(file)]}")
+        os.replace(part, path)
+    except (OSError, http.client.HTTPException) as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"could not download {host}{file}: {error}") from None
 
 
 def load_images(name, data_dir, download=False):
@@ -370,7 +378,8 @@ def load_features(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             x, y = torch.from_numpy(file["x"]).float().flatten(1), torch.from_numpy(file["y"])
-    except (KeyError, EOFError, ValueError, IndexError, zipfile.BadZipFile) as error:
+    except (KeyError, EOFError, ValueError, TypeError, AttributeError, IndexError,
+            zipfile.BadZipFile) as error:
         raise ValueError(f"{path} must hold arrays x (N, D) and y (N,): {error}") from None
     if y.shape != x.shape[:1] or y.is_floating_point() or not x.isfinite().all():
         raise ValueError(f"{path}: x {tuple(x.shape)} must be finite, y {tuple(y.shape)} its "
@@ -430,7 +439,7 @@ def load_dataset(name, cfg, device, held_out=False):
     data set by itself.
     """
     if name in GLYPHS:
-        generator = torch.Generator(device).manual_seed(list(GLYPHS).index(name))
+        generator = stream(list(GLYPHS).index(name), 7, device)
         draws = (GLYPHS[name], 500, cfg.image_size, cfg.distort, generator)
         splits = [glyphs(*draws), glyphs(*draws)]
     elif name in OFFICIAL:
@@ -441,11 +450,16 @@ def load_dataset(name, cfg, device, held_out=False):
         raise ValueError(f"no data set {name!r}: {', '.join([*GLYPHS, *OFFICIAL])} or FILE.npz")
     if len(splits) == 1:
         (x, y), cut = splits[0], len(splits[0][0]) * 4 // 5
+        print(f"{name} has no train split: " + ("all of it is for meta-testing" if held_out else
+                                                 "its last fifth is for meta-testing"))
         splits = [(x, y), (x, y)] if held_out else [(x[:cut], y[:cut]), (x[cut:], y[cut:])]
     for s, (x, y) in enumerate(splits):
         if set(range(cfg.classes)) - set(y.tolist()) or y.min() < 0:
             raise ValueError(f"{name} has the classes {sorted(set(y.tolist()))}, --classes "
                              f"{cfg.classes} needs 0 to {cfg.classes - 1}")
+        if y.max() >= cfg.classes:
+            print(f"{name}: {(y >= cfg.classes).sum()} of {len(y)} examples are left out, their "
+                  f"classes are not below --classes {cfg.classes}")
         x, y = x[y < cfg.classes].to(device), y[y < cfg.classes].to(device)
         if len(x) < cfg.length:
             raise ValueError(f"{name} has {len(x)} examples in a split: --length {cfg.length} "
@@ -622,7 +636,7 @@ def initial_stack(build, seeds, variants, device):
     models = []
     for seed in seeds:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(8 * seed + 6)
             models += [dict(build().named_parameters())] * variants
     return {name: torch.stack([model[name].detach() for model in models]).to(device)
             .requires_grad_() for name in models[0]}
@@ -671,8 +685,9 @@ def learner(cfg, run, build, seeds, variants, adam_eps=0.0):
     return forward, params, adam, run.compile(loss_function)
 
 
-def task_bank(variants, seeds, n_in, device, limit=1 << 28):
-    """Matrices of all tasks of the finite variants, (seeds, K, D, D), up to `limit` numbers."""
+def task_bank(variants, seeds, n_in, device):
+    """Matrices of all tasks of the finite variants, (seeds, K, D, D), as far as memory goes."""
+    limit = 1 << (32 if device.type == "cuda" else 28)                         # numbers
     sizes = [variant.num_tasks for variant in variants
              if len(seeds) * variant.num_tasks * n_in**2 <= limit]
     if not any(sizes):
@@ -694,14 +709,15 @@ def train(cfg, run, stage, build, variants, data, probe, steps, batch=0, adam_ep
     seeds = run.seeds
     members = [(seed, variant) for seed in seeds for variant in variants]      # S of them
     forward, params, adam, loss_function = learner(cfg, run, build, seeds, len(variants), adam_eps)
-    generators = [torch.Generator(run.device).manual_seed(seed) for seed in seeds]
+    generators = [stream(seed, 0, run.device) for seed in seeds]
     bank = task_bank(variants, seeds, data.x.shape[1], run.device)
+    make_matrices = run.compile(task_matrix)
     running = torch.zeros(len(members), device=run.device)     # sum of losses since the last log
     state = {"params": params, "adam": adam, "generators": generators, "running": running}
     for step in run.steps(stage, steps, state):
         # COLLECT
         x, y = sample_batch(data, variants, seeds, generators, batch or cfg.batch, cfg.length, bank,
-                            projection=cfg.projection)                         # (S, B, T, D)
+                            False, cfg.projection, make_matrices)              # (S, B, T, D)
         # META UPDATE
         rate = cfg.learning_rate * min(1, (step + 1) / max(1, cfg.warmup))
         adam.param_groups[0]["lr"] = rate
@@ -853,14 +869,16 @@ def experiment(cfg, run):
     """
     name = cfg.features or cfg.dataset
     data = load_dataset(name, cfg, run.device)
-    unseen = load_dataset(cfg.unseen, cfg, run.device, held_out=True)[1]
+    unseen = data[1] if cfg.unseen == name else load_dataset(
+        cfg.unseen, cfg, run.device, held_out=True)[1]
     n_in, width = data[0].x.shape[1], cfg.sweep_d_model
     if unseen.x.shape[1] != n_in:
         raise ValueError(f"--unseen {cfg.unseen} has {unseen.x.shape[1]} inputs, {name} has {n_in}")
 
-    def streams(purpose):
-        """A generator a seed, of a purpose (1 to 5) of its own; training has purpose 0."""
-        return [torch.Generator(run.device).manual_seed((purpose << 40) + s) for s in run.seeds]
+    half = (cfg.batch + 1) // 2
+    if cfg.batch % run.world or cfg.plateau and half % run.world:
+        raise ValueError(f"{run.world} processes cannot share batches of {cfg.batch} and {half}")
+    streams = lambda purpose: [stream(seed, purpose, run.device) for seed in run.seeds]
 
     def fresh(source, purpose, variants=(Variant("new tasks"),)):
         """Test sequences, without any bias and without a repeated image."""
@@ -882,7 +900,7 @@ def experiment(cfg, run):
             tested = {**tests, "seen_tasks": fresh(data[0], 5, own)}
             curves = {test: evaluate(forward, params, *batch)[1].unflatten(0, (len(run.seeds), -1))
                       for test, batch in tested.items()}                       # (seeds, V, T) each
-        size = {"state": build().state_size(cfg.length),
+        size = {"steps": steps, "state": build().state_size(cfg.length),
                 "parameters": sum(p[0].numel() for p in params.values())}
         results[stage] = {"runs": [v.name for v in variants], "curves": curves, "size": size}
 
@@ -896,14 +914,14 @@ def experiment(cfg, run):
     if finite or levers:
         meta_train("sweep", transformer(width), finite + general + levers, cfg.sweep_steps)
     if cfg.plateau:
-        steps, half = cfg.sweep_steps, (cfg.batch + 1) // 2
+        steps = cfg.sweep_steps
         meta_train("half batch", transformer(width), general, steps, batch=half)
         meta_train("epsilon 1e-4", transformer(width), general, steps, adam_eps=1e-4)
     if cfg.baselines:
         steps = cfg.baseline_steps
         meta_train("LSTM", lambda: LSTM(n_in, cfg.classes, width), general, steps)
         meta_train("outer-product LSTM", lambda: OuterProductLSTM(
-            n_in, cfg.classes, 4, width // 4), general, steps)
+            n_in, cfg.classes, 4, max(1, width // 4)), general, steps)
         meta_train("MLP", lambda: MLP(n_in, cfg.classes, 4 * width), finite[:1] + general, steps)
     if cfg.measure_speed:
         with run.clock("evaluation"):
@@ -951,6 +969,14 @@ def seed_summary(run, i, results, references):
             "history": history}
 
 
+def paper_accuracy(cfg, test):
+    """The paper's table: accuracy after 99 examples, meta-trained on MNIST; None for other runs."""
+    if (cfg["dataset"], cfg["length"], cfg["features"]) != ("mnist", 100, ""):
+        return None
+    unseen = {"fashion_mnist": 0.622, "kmnist": 0.534}.get(cfg["unseen"])
+    return {"unseen_tasks": 0.737, "unseen_dataset": unseen}.get(test)
+
+
 def beside(cfg, per_seed):
     """{headline metric: what the closing table says beside it}: chance, rules, optimum, paper."""
     notes = {}
@@ -962,10 +988,9 @@ def beside(cfg, per_seed):
             metric = f"random_{end}" if test == "random" else f"unlimited_{test}_{end}"
             notes[metric] = ", ".join([f"chance {1 / cfg.classes:.2f}", *rules])
     notes["random_late"] += f", optimum {late(random_dataset_optimum(cfg.length, cfg.classes)):.3f}"
-    if cfg.dataset == "mnist" and cfg.length == 100 and not cfg.features:      # the paper's table
-        notes["unlimited_unseen_tasks_last"] += ", paper 0.737"
-        paper = {"fashion_mnist": ", paper 0.622", "kmnist": ", paper 0.534"}
-        notes["unlimited_unseen_dataset_last"] += paper.get(cfg.unseen, "")
+    for test in ("unseen_tasks", "unseen_dataset"):
+        if (paper := paper_accuracy(asdict(cfg), test)) is not None:
+            notes[f"unlimited_{test}_last"] += f", paper {paper}"
     return notes
 
 
@@ -1037,10 +1062,16 @@ def plot_learning(axis, cfg, rows):
     """(b) Learning curves of the general learner, beside the hand-written rules."""
     x, styles = np.arange(cfg["length"]), {"1-NN": "--", "kernel ridge": ":", "online SGD": "-."}
     for test, colour, label in (
-            ("random", GREEN, "random"), ("unseen_tasks", BLUE, f"{cfg['dataset']}, new tasks"),
+            ("random", GREEN, "random"),
+            ("unseen_tasks", BLUE, f"{cfg['features'] or cfg['dataset']}, new tasks"),
             ("unseen_dataset", ORANGE, f"{cfg['unseen']}, never trained on")):
         curves = [row["curves"]["learner"]["unlimited"][test] for row in rows]
         plot_lines(axis, x, curves, colour, label)
+        mean = np.mean(curves, 0)                    # 95 % interval over the test sequences
+        spread = 1.96 * np.sqrt(mean * (1 - mean) / cfg["eval_sequences"] / len(rows))
+        axis.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
+        if (paper := paper_accuracy(cfg, test)) is not None:
+            axis.plot(x[-1], paper, "*", color=colour, ms=13, mec="k", label="the paper's table")
         for rule in styles if test != "random" else ():
             curve = np.mean([row["references"][test][rule] for row in rows], 0)
             axis.plot(x, curve, styles[rule], color=colour, lw=1)
@@ -1080,8 +1111,9 @@ def plot_memory(axis, models, rows):
             axis.plot([state] * len(values), values, "_", color=colour, ms=14)
             axis.plot(state, mean, "o", color=colour, ms=9)
             axis.plot(models[stage]["parameters"], mean, "o", mfc="none", color=colour, ms=9)
-            axis.annotate(label, (state, mean), (0, height), textcoords="offset points",
-                          ha="center")
+            text = f"{label}, {models[stage]['steps']} steps"
+            axis.annotate(text, (state, mean), (0, height), textcoords="offset points",
+                          ha="center", fontsize=8)
     axis.plot([], [], "ko", label="numbers carried between examples (MLP: none)")
     axis.plot([], [], "ko", mfc="none", label="parameters")
     axis.set(xscale="log", xlabel="count", ylabel="late accuracy, unseen tasks", ylim=(0, 1),
@@ -1120,7 +1152,14 @@ def pack(thing):
         return [pack(value) for value in thing]
     if isinstance(thing, torch.Generator):
         return thing.get_state()
-    return thing.state_dict() if hasattr(thing, "state_dict") else thing
+    return pack(thing.state_dict()) if hasattr(thing, "state_dict") else thing
+
+
+def healthy(packed):
+    """Is no number in what `pack` returned infinite or NaN?"""
+    if isinstance(packed, (dict, list)):
+        return all(map(healthy, packed.values() if isinstance(packed, dict) else packed))
+    return not isinstance(packed, torch.Tensor) or bool(packed.isfinite().all())
 
 
 def unpack(thing, saved):
@@ -1198,27 +1237,34 @@ class Run:
 
     def look(self, resume):
         """Refuse a folder that holds another run; with --resume, read its checkpoint."""
-        known, checkpoint = self.folder / "config.json", self.folder / "checkpoint.pt"
-        if known.exists() and not resume:
+        names = ("config.json", "summary.json", "checkpoint.pt")
+        paths = [self.folder / name for name in names if (self.folder / name).exists()]
+        if paths and not resume:
             die(f"{self.folder} holds a run: --resume goes on with it, --out FOLDER goes elsewhere")
-        for path in filter(pathlib.Path.exists, (known, checkpoint) if resume else ()):
+        folder = self.folder.absolute()
+        above = next(path for path in (folder, *folder.parents) if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            die(f"--out {self.folder}: {above} is not a folder that one can write to")
+        for path in paths:
             try:
-                saved = {"config": json.loads(path.read_text())} if path == known else torch.load(
-                    path, map_location="cpu", weights_only=True)
-                config = saved["config"]
-                if path == checkpoint:
-                    self.stages, self.rows = saved["stages"], saved["rows"]
-                    self.seconds = saved["seconds"]
+                saved = torch.load(path, map_location="cpu", weights_only=True) if (
+                    path.suffix == ".pt") else json.loads(path.read_text())
+                config = saved if path.name == "config.json" else saved["config"]
+                differing = [name for name, value in asdict(self.cfg).items()
+                             if config.get(name) != value]
+                if path.suffix == ".pt":
+                    for name in ("stages", "rows", "seconds", "rates"):
+                        setattr(self, name, saved[name])
             except Exception as error:               # a damaged file raises almost anything
                 die(f"{path} is damaged ({type(error).__name__}): delete it and start again")
-            for name, value in asdict(self.cfg).items():
-                if config.get(name) != value:
-                    die(f"{path} is of another run: {name} was {config.get(name)!r}, now {value!r}")
+            for name in differing:
+                die(f"{path} is of another run: {name} was {config.get(name)!r}, "
+                    f"now {getattr(self.cfg, name)!r}")
 
     def interrupt(self, number, frame):
         """Ctrl-C and SIGTERM: finish the step, save, leave. Outside a step or twice: leave."""
         if self.signal or not self.in_step:
-            raise SystemExit(128 + number)
+            die("stopped between two checkpoints; --resume goes on from the last", 128 + number)
         self.signal = number
 
     def steps(self, stage, total, state):
@@ -1234,13 +1280,15 @@ class Run:
             write(self.folder / "metrics.jsonl", lambda part: part.write_text(
                 "".join(json.dumps(row) + "\n" for row in self.rows)))
         self.opened, self.stage, self.step, spent = True, stage, 0, []
+        self.seconds.setdefault("setup", time.perf_counter() - self.started)
         if stage in self.stages:
             self.step = self.stages[stage]["step"]
             unpack(state, self.stages[stage]["state"])
         self.bar = tqdm(total=total, initial=self.step, desc=stage,
                         disable=self.rank > 0 or not sys.stderr.isatty())
         while self.step < total:
-            start, self.in_step = time.perf_counter() - self.seconds["evaluation"], True
+            self.in_step = True                      # from here on a signal waits for the end
+            start = time.perf_counter() - self.seconds["evaluation"]      # evaluations do not count
             yield self.step
             spent.append(time.perf_counter() - self.seconds["evaluation"] - start)
             self.seconds["training"] += spent[-1]
@@ -1251,13 +1299,15 @@ class Run:
                 self.check()
             if saving:
                 self.stages[stage] = {"step": self.step, "state": pack(state)}
+                if not healthy(self.stages[stage]):
+                    die(f"NaN or infinity after step {self.step} of {stage}, seeds {self.seeds}", 1)
                 if self.step == total:               # a later stage may change the same tensors
                     self.stages[stage] = copy.deepcopy(self.stages[stage])
                 self.save()
             if self.signal:
                 die(f"stopped after step {self.step} of {stage}; --resume goes on",
                     128 + self.signal)
-            self.in_step = False
+        self.in_step = False
         self.bar.close()
         if len(spent) > 20:                          # the first steps warm up
             rate = (len(spent) - 10) / sum(spent[10:])
@@ -1267,7 +1317,7 @@ class Run:
         """Write the checkpoint."""
         self.seconds["total"] = time.perf_counter() - self.started
         content = {"config": asdict(self.cfg), "stages": self.stages, "rows": self.rows,
-                   "seconds": self.seconds}
+                   "seconds": self.seconds, "rates": self.rates}
         if self.rank == 0:
             write(self.folder / "checkpoint.pt", lambda part: torch.save(content, part))
 
@@ -1376,6 +1426,8 @@ def show(folder):
         summary = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError) as error:
         die(f"nothing to draw: {error}")
+    if not isinstance(summary, dict) or "headline" not in summary:
+        die(f"nothing to draw: {folder / 'summary.json'} is not a summary")
     plot(summary, folder / "figure.png")
     for name, row in summary["headline"].items():
         spread = "[{:.4g}, {:.4g}]".format(*row["ci95"]) if row["ci95"] else ""
@@ -1390,8 +1442,8 @@ def main(argv=None):
     if args.replot:
         return show(folder)
     run = Run(cfg, args)
-    if (folder / "summary.json").exists():
-        return show(folder)                          # resumed, but finished already
+    if (folder / "summary.json").exists():           # resumed, but finished already
+        return show(folder) if run.rank == 0 else None
     if run.rank == 0:
         square = torch.randn(1024, 1024, device=run.device)
         flops_per_second = 2 * 1024**3 / median_seconds(run.device, [lambda: square @ square])[0]

@@ -22,6 +22,10 @@ import gpl_icl as G
 CPU = torch.device("cpu")
 
 
+GOLDEN_BITS = [[3694126894, 3016669715], [1228958935, 2962922129]]
+GOLDEN_PERMUTATION = [3, 6, 2, 7, 4, 1, 5, 0, 9, 8]
+
+
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -218,8 +222,25 @@ def test_ids_beyond_32_bits_are_distinct_tasks():
 
 
 def test_permutations_are_uniform():
-    first = G.task_permutation(torch.arange(10_000), 10)[:, 0]
-    assert scipy.stats.chisquare(torch.bincount(first, minlength=10)).pvalue > 1e-4
+    all_six = G.task_permutation(torch.arange(12_000), 3) @ torch.tensor([9, 3, 1])
+    counts = torch.unique(all_six, return_counts=True)[1]
+    assert len(counts) == 6 and scipy.stats.chisquare(counts).pvalue > 1e-4
+    for place in (0, 9):
+        names = G.task_permutation(torch.arange(10_000), 10)[:, place]
+        assert scipy.stats.chisquare(torch.bincount(names, minlength=10)).pvalue > 1e-4
+
+
+def test_tasks_are_the_same_for_ever():
+    """Golden values: a checkpoint's seen tasks must stay seen tasks in later versions."""
+    assert G.task_bits(torch.tensor([7, 1 << 40]), 2).tolist() == GOLDEN_BITS
+    assert G.task_permutation(torch.tensor([7]), 10)[0].tolist() == GOLDEN_PERMUTATION
+
+
+def test_streams_are_independent():
+    """torch's CPU generator keeps 32 bits of its seed: purposes told apart by more would be one stream."""
+    first = {tuple(torch.rand(4, generator=G.stream(seed, purpose, CPU)).tolist())
+             for seed in (0, 1, 2, 1 << 28) for purpose in range(8)}
+    assert len(first) == 32
 
 
 @pytest.mark.parametrize("way", ["hash", "gram"])
@@ -285,8 +306,10 @@ def test_the_order_of_variants_does_not_matter():
 
 def test_mixtures():
     distinct_inputs = lambda x: [len(sequence.round(decimals=3).unique(dim=0)) for sequence in x[0]]
-    x, _ = sample([G.Variant("burst", 4, burst=1.0)], batch=32, length=40)
-    assert max(distinct_inputs(x)) <= 10
+    x, _ = sample([G.Variant("burst", 4, burst=1.0)], batch=32, length=400)
+    assert max(distinct_inputs(x)) == 10 and min(distinct_inputs(x)) >= 9
+    x, _ = sample([G.Variant("half", 4, burst=0.5)], batch=400, length=40)
+    assert 140 < sum(n <= 10 for n in distinct_inputs(x)) < 260        # 200 +- 6 deviations
     x, _ = sample([G.Variant("plain", 4)], batch=32, length=40)
     assert min(distinct_inputs(x)) > 20
     x, _ = sample([G.Variant("test", 4)], batch=32, length=400, distinct=True)
@@ -295,6 +318,11 @@ def test_mixtures():
     _, y = sample([G.Variant("a", label_bias=1.0)], ordered, length=10, distinct=True)
     _, raw = sample([G.Variant("a", label_bias=0.0)], ordered, length=10, distinct=True)
     assert torch.equal(y.sort(-1).values, raw.sort(-1).values) and not torch.equal(y, raw)
+    half = torch.stack([sample([G.Variant("u", label_bias=bias)], ordered, batch=400, length=1)[1]
+                        for bias in (0.5, 1.0)])
+    assert 160 < (half[0] == half[1]).sum() < 280                       # a half, and a tenth of the rest
+    _, y = sample([G.Variant("u")], ordered, batch=400, length=10, distinct=True)
+    assert len(y[0].unique(dim=0)) > 390                                # each sequence renames anew
     # One fixed permutation: equal inputs have equal labels in all sequences.
     x, y = sample([G.Variant("a", 1, label_bias=1.0)], ordered, length=10, distinct=True)
     same = torch.cdist(x[0].flatten(0, 1), x[0].flatten(0, 1)) < 1e-3
@@ -426,6 +454,21 @@ def test_idx_reader(tmp_path):
         G.load_idx(tmp_path / "a")
 
 
+def test_glyph_splits_and_sets_differ():
+    sets = [data.x for name in G.GLYPHS for data in G.load_dataset(name, G.Config(), CPU)]
+    assert not any(torch.equal(a, b) for i, a in enumerate(sets) for b in sets[:i])
+
+
+def test_classes_left_out_are_reported(tmp_path, capsys):
+    images, labels = toy_images(200)
+    labels[7] = 200
+    write_split(tmp_path / "mnist", "train", images, labels)
+    write_split(tmp_path / "mnist", "t10k", *toy_images())
+    cfg = G.Config(dataset="mnist", data_dir=str(tmp_path), length=12)
+    assert len(G.load_dataset("mnist", cfg, CPU)[0].x) == 199
+    assert "1 of 200 examples are left out" in capsys.readouterr().out
+
+
 def test_a_data_set_without_train_split_is_cut(tmp_path):
     write_split(tmp_path / "mnist", "t10k", *toy_images())
     cfg = G.Config(dataset="mnist", data_dir=str(tmp_path), length=12)
@@ -479,13 +522,15 @@ def meta_train(digits, seeds, variants, steps, **more):
 
 
 def test_a_stack_equals_separate_runs(digits):
+    # Keys' biases have no gradient but rounding, which a tiny epsilon would turn into whole steps.
     variants = [G.Variant("K=4", 4, 0.5), G.Variant("u", 0, 0.5)]
-    _, joint, _ = meta_train(digits, [0, 1], variants, 3)
+    _, joint, _ = meta_train(digits, [0, 1], variants, 3, adam_eps=1e-6)
     for i, (seed, variant) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
-        _, alone, _ = meta_train(digits, [seed], variants[variant:variant + 1], 3)
+        _, alone, _ = meta_train(digits, [seed], variants[variant:variant + 1], 3, adam_eps=1e-6)
         for name in joint:
             torch.testing.assert_close(joint[name][i], alone[name][0], atol=1e-5, rtol=1e-4)
-    assert not torch.equal(joint["embed.weight"][0], joint["embed.weight"][1])
+    start = G.initial_stack(MODELS["transformer"], [0, 1], 2, CPU)["embed.weight"]
+    assert torch.equal(start[0], start[1]) and not torch.allclose(start[0], start[2], atol=0.1)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -499,11 +544,49 @@ def test_every_model_runs_stacked(name):
         torch.testing.assert_close(together[i], model(x[i], y[i]), atol=1e-5, rtol=1e-4)
 
 
-def test_clipping_is_by_run():
-    p = torch.zeros(2, 3, requires_grad=True)
-    p.grad = torch.tensor([[3.0, 4.0, 0.0], [0.03, 0.04, 0.0]])
-    G.clip_gradients({"p": p}, 1.0)
-    torch.testing.assert_close(p.grad, torch.tensor([[0.6, 0.8, 0.0], [0.03, 0.04, 0.0]]))
+def test_clipping_is_by_run_over_all_parameters():
+    p, q = torch.zeros(2, 2, requires_grad=True), torch.zeros(2, 1, 1, requires_grad=True)
+    p.grad, q.grad = torch.tensor([[3.0, 0.0], [0.03, 0.0]]), torch.tensor([[[4.0]], [[0.04]]])
+    G.clip_gradients({"p": p, "q": q}, 1.0)
+    torch.testing.assert_close(p.grad, torch.tensor([[0.6, 0.0], [0.03, 0.0]]))
+    torch.testing.assert_close(q.grad, torch.tensor([[[0.8]], [[0.04]]]))
+
+
+def test_meta_step_clips_and_steps():
+    p = torch.zeros(2, 2, requires_grad=True)
+    loss = lambda params, x, y: (params["p"] * torch.tensor([[3.0, 4.0], [0.3, 0.4]])).sum(1)
+    losses = G.meta_step(loss, {"p": p}, torch.optim.SGD([p], lr=1.0), None, None, 1.0, Alone([0]))
+    torch.testing.assert_close(p.detach(), -torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
+    assert losses.tolist() == [0, 0] and not losses.requires_grad
+
+
+def test_sequence_loss_and_late_by_hand():
+    logits, y = torch.zeros(2, 1, 3, 2), torch.tensor([[[0, 1, 1]], [[0, 0, 1]]])
+    logits[0, 0, :, 1] = torch.tensor([0.0, 1.0, 5.0])                  # right, surer and surer
+    nats = [math.log(2), math.log(1 + math.exp(-1)), math.log(1 + math.exp(-5))]
+    assert G.sequence_loss(logits, y).tolist() == pytest.approx([sum(nats) / 3, math.log(2)])
+    assert G.late(np.arange(30)) == 24.5 and G.late([0.0, 0.5]) == 0.5
+
+
+def test_evaluate_by_hand():
+    """Two seeds x two variants, 200 sequences: more than one chunk, one batch a seed."""
+    y = torch.randint(10, (2, 200, 3), generator=generator())
+    x = F.one_hot(y, 10).float()
+    x[1, 150:] = x[1, 150:].roll(1, -1)                                 # seed 1: the last 50 wrong
+    scale = torch.tensor([1.0, 2.0, 1.0, 2.0])
+    forward = lambda params, xs, ys: xs * scale[:, None, None, None]
+    loss, accuracy = G.evaluate(forward, {"p": scale}, x, y)
+    assert accuracy.tolist() == [[1.0] * 3] * 2 + [[0.75] * 3] * 2
+    right = [math.log(1 + 9 * math.exp(-s)) for s in (1, 2)]
+    wrong = [r + s for r, s in zip(right, (1, 2))]
+    expected = right + [0.75 * r + 0.25 * w for r, w in zip(right, wrong)]
+    assert loss[:, 1].tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_optimiser_has_the_small_epsilon():
+    _, params, adam, _ = G.learner(G.Config(), Alone([0]), MODELS["mlp"], [0], 1)
+    assert adam.defaults["eps"] == 1e-10 and adam.defaults["betas"] == (0.9, 0.98)
+    assert G.learner(G.Config(), Alone([0]), MODELS["mlp"], [0], 1, 1e-4)[2].defaults["eps"] == 1e-4
 
 
 def test_same_seed_is_bit_equal_and_another_is_not(digits):
@@ -640,7 +723,7 @@ def test_resume_after_kill_equals_uninterrupted(tmp_path, script):
 
 
 def test_two_processes_equal_one(tmp_path, script):
-    options = [*SMOKE, "--steps", "12", "--eval-sequences", "16", "--device", "cpu"]
+    options = [*SMOKE, "--steps", "12", "--eval-sequences", "16", "--device", "cpu", "--adam-eps", "1e-6"]
     one = script("gpl_icl.py", *options, "--out", tmp_path / "one")
     assert one.returncode == 0, one.stderr
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -651,7 +734,7 @@ def test_two_processes_equal_one(tmp_path, script):
             for name in ("one", "two"))
     start = G.initial_stack(lambda: G.Transformer(64, 10, 12, 32, 2, 2), [0], 1, CPU)
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
         assert not torch.allclose(a[name], start[name], atol=1e-4)      # and they did learn
     losses = [[json.loads(line)["training_loss"] for line in open(tmp_path / name / "metrics.jsonl")]
               for name in ("one", "two")]
@@ -686,10 +769,11 @@ def test_bad_data(kind, message, tmp_path, capsys):
     (["--image-size", "0"], "--image-size must be above 0"), (["--classes", "12"], "--classes 12 needs 0 to 11"),
     (["--bogus", "1"], "--bogus"), (["--steps", "many"], "--steps"), (["--preset", "huge"], "--preset"),
     (["--learning-rate", "nan"], "finite"), (["--learning-rate", "inf"], "finite"), (["--burst", "1.5"], "at most 1"),
-    (["--heads", "3"], "must divide"), (["--sweep", "16,x"], "--sweep"), (["--center", "left"], "--center"),
+    (["--heads", "3"], "must divide"), (["--sweep", "16,x"], "--sweep"), (["--center", "left"], "--center is pixel or global"),
     (["--dataset", "imagenet"], "no data set 'imagenet'"), (["--features", "none.npz"], "none.npz"),
     (["--length", "6000"], "--length 6000 is too long"), (["--batch", "-1"], "--batch must be above 0"),
-    (["--classes", "1"], "at least 2"), (["--num-seeds", "0"], "--num-seeds"), (["--step", "3"], "--step")])
+    (["--classes", "1"], "at least 2"), (["--sweep", "4,4"], "--sweep"), (["--seed", 2**64], "--seed"),
+    (["--sweep-steps", "0"], "--sweep-steps"), (["--num-seeds", "0"], "--num-seeds"), (["--step", "3"], "--step")])
 def test_bad_options(options, message, tmp_path, capsys):
     status, _, error = run_here(capsys, *SMOKE, "--out", tmp_path / "out", *options)
     assert status == 2 and message in error and error.count("\n") == 1 and "error:" in error
@@ -720,11 +804,28 @@ def test_damaged_and_foreign_checkpoints(tmp_path, capsys):
     assert run_here(capsys, *SMOKE, "--out", folder, "--resume")[0] == 0             # from the end
 
 
-def test_not_a_number_stops_at_once(tmp_path, capsys):
-    options = [*SMOKE, "--learning-rate", "1e38", "--clip", "1e38", "--warmup", "0", "--seed", "7", "--out", tmp_path / "run"]
-    status, _, error = run_here(capsys, *options)
-    assert status == 1 and "the loss is nan at step" in error and "seed 7" in error
+@pytest.mark.parametrize("more, message", [([], "the loss is nan at step 2"),
+                                           (["--save-every", "1"], "NaN or infinity after step 1")])
+def test_not_a_number_stops_at_once(more, message, tmp_path, capsys):
+    """Also where the loss is still finite but the weights are not: no checkpoint may hold them."""
+    options = ["--learning-rate", "1e38", "--clip", "1e38", "--warmup", "0", "--seed", "7", *more]
+    status, _, error = run_here(capsys, *SMOKE, *options, "--out", tmp_path / "run")
+    assert status == 1 and message in error and "7" in error
     assert not (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_published_results_are_not_taken_for_a_new_run(tmp_path, capsys):
+    folder = tmp_path / "results"
+    assert run_here(capsys, *SMOKE, "--out", folder)[0] == 0
+    for name in ("config.json", "checkpoint.pt", "metrics.jsonl"):
+        (folder / name).unlink()
+    assert run_here(capsys, *SMOKE, "--seed", 7, "--out", folder)[0] == 2
+    status, _, error = run_here(capsys, *SMOKE, "--seed", 7, "--out", folder, "--resume")
+    assert status == 2 and "seed was 0, now 7" in error
+    (folder / "summary.json").write_text("{}")
+    for options in (["--resume"], ["--replot"]):
+        assert run_here(capsys, *SMOKE, "--out", folder, *options)[0] == 2
 
 
 def test_features_of_ones_own(tmp_path, capsys):
