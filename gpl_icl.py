@@ -47,7 +47,9 @@ RESULT
     new tasks of the digits, late     0.588 [0.569, 0.607]   1-NN 0.669
     `random`, late                    0.921 [0.908, 0.935]   optimum 0.929
     16 tasks only: seen 0.995 [0.991, 0.998], unseen 0.096 [0.081, 0.111]; no burst: 0.105
-@MNIST_RESULT@
+  MNIST of 14 x 14 pixels, T = 100, 5,000 training images, 4,000 steps of batch 32, 12 min a seed:
+    after 99 examples: new tasks 0.616 [0.578, 0.654], the paper's table 0.737 (1-NN 0.715);
+    Fashion-MNIST, never trained on, 0.603 [0.540, 0.666], the paper's table 0.622 (1-NN 0.651)
   paper preset (one GPU): not run yet.
 
 DIFFERS
@@ -1323,6 +1325,9 @@ class Run:
             saving = self.step % self.cfg.save_every == 0 or self.step == total or self.signal
             if saving or self.device.type == "cpu":
                 self.check()
+            if saving and len(spent) > 10:           # the first steps warm up
+                rate = (len(spent) - 10) / sum(spent[10:])
+                self.rates.setdefault("steps_per_second", {})[stage] = rate
             if saving:
                 self.stages[stage] = {"step": self.step, "state": pack(state)}
                 if not healthy(self.stages[stage]):
@@ -1335,9 +1340,6 @@ class Run:
                     128 + self.signal)
         self.in_step = False
         self.bar.close()
-        if len(spent) > 20:                          # the first steps warm up
-            rate = (len(spent) - 10) / sum(spent[10:])
-            self.rates.setdefault("steps_per_second", {})[stage] = rate
 
     def save(self):
         """Write the checkpoint."""

@@ -40,16 +40,18 @@ class Alone:
     watch = staticmethod(lambda losses: None)
 
     def __init__(self, seeds):
-        self.seeds, self.rows = seeds, []
+        self.seeds, self.rows, self.rates = seeds, [], {}
 
     def steps(self, stage, total, state):
-        return range(total)
+        for self.step in range(total):
+            self.stage = stage
+            yield self.step
 
     def clock(self, name):
         return G.contextlib.nullcontext()
 
     def log(self, rows):
-        self.rows += rows
+        self.rows += [{"stage": self.stage, "step": self.step + 1, **row} for row in rows]
 
 
 MODELS = {"transformer": lambda: G.Transformer(20, 10, 12, 32, 2, 2), "lstm": lambda: G.LSTM(20, 10, 16),
@@ -599,6 +601,53 @@ def test_same_seed_is_bit_equal_and_another_is_not(digits):
     first, again, other = (meta_train(digits, [seed], [G.Variant("u", 0, 0.5)], 4)[1] for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_experiment_tests_on_what_it_did_not_train_on(monkeypatch):
+    cfg = tiny(steps=2, sweep="4", sweep_steps=2, eval_sequences=16, num_seeds=2, seed=5)
+    calls, sample_batch = [], G.sample_batch
+
+    def spy(data, variants, seeds, generators, batch, length, bank=None, distinct=False, *rest):
+        calls.append((data.x, [tuple(v)[1:] for v in variants], distinct))
+        return sample_batch(data, variants, seeds, generators, batch, length, bank, distinct, *rest)
+    monkeypatch.setattr(G, "sample_batch", spy)
+    result = G.experiment(cfg, Alone([5, 6]))
+    train, test = (data.x for data in G.load_dataset("glyph_digits", cfg, CPU))
+    letters = G.load_dataset("glyph_letters", cfg, CPU, held_out=True)[1].x
+    new, own = [(0, 0.0, 0.0)], [(4, 0.0, 0.0), (0, 0.0, 0.0)]          # never biased
+    expected = [(test, new, True), (letters, new, True), (train, new, True)]         # tests, validation
+    expected += [(train, [(0, 0.5, 0.0)], False)] * 2 + [(train, new, True)]         # learner, seen tasks
+    expected += [(train, [(4, 0.5, 0.0), (0, 0.5, 0.0)], False)] * 2 + [(train, own, True)]
+    assert len(calls) == len(expected)
+    for (x, variants, distinct), (expected_x, expected_variants, expected_distinct) in zip(calls, expected):
+        assert torch.equal(x, expected_x) and (variants, distinct) == (expected_variants, expected_distinct)
+    for seed, row in zip((5, 6), result["per_seed"]):
+        sweep, headline = row["curves"]["sweep"], row["headline"]
+        assert row["seed"] == seed
+        assert headline["k4_seen_late"] == G.late(sweep["K=4"]["seen_tasks"])
+        assert headline["k4_unseen_late"] == G.late(sweep["K=4"]["unseen_tasks"])
+        learnt = row["curves"]["learner"]["unlimited"]
+        for kind in ("unseen_tasks", "unseen_dataset"):
+            assert headline[f"unlimited_{kind}_late"] == G.late(learnt[kind])
+            assert headline[f"unlimited_{kind}_last"] == learnt[kind][-1]
+        assert headline["random_late"] == G.late(learnt["random"])
+        assert row["history"]["sweep"]["K=4"][-1][0] == 2
+    assert result["per_seed"][0]["curves"] != result["per_seed"][1]["curves"]
+
+
+def test_reference_curves_are_the_rules_with_the_best_settings():
+    data = G.load_dataset("glyph_digits", tiny(), CPU)[0]
+    x, y = sample([G.Variant("u")], data, seeds=(0, 1), batch=64, distinct=True)
+    curves = G.reference_curves({"t": (x, y)}, (x, y))["t"]
+    accuracy = lambda rule, s, *setting: (rule(x[s], y[s], *setting) == y[s]).float().mean(0)
+    for s in (0, 1):
+        assert torch.equal(curves["1-NN"][s], accuracy(G.nearest_neighbour, s))
+    for name, rule, settings in (
+            ("online SGD", G.online_sgd, [(lr,) for lr in (0.001, 0.003, 0.01, 0.03, 0.1)]),
+            ("kernel ridge", G.kernel_ridge, [(w, r) for w in (0.25, 0.5, 1.0) for r in (0.03, 0.3)])):
+        best = max(settings, key=lambda setting: accuracy(rule, 0, *setting).mean())
+        for s in (0, 1):
+            assert torch.equal(curves[name][s], accuracy(rule, s, *best))
 
 
 # Short runs reach expected losses. Thresholds: mean + 4 standard deviations of seeds 0-9, measured on
