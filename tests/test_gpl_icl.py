@@ -778,7 +778,7 @@ def test_resume_after_kill_equals_uninterrupted(tmp_path, script):
 
 
 def test_two_processes_equal_one(tmp_path, script):
-    options = [*SMOKE, "--steps", "12", "--eval-sequences", "16", "--device", "cpu", "--adam-eps", "1e-6"]
+    options = [*SMOKE, "--steps", "12", "--eval-sequences", "16", "--device", "cpu", "--adam-eps", "1e-5"]
     one = script("gpl_icl.py", *options, "--out", tmp_path / "one")
     assert one.returncode == 0, one.stderr
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -789,7 +789,7 @@ def test_two_processes_equal_one(tmp_path, script):
             for name in ("one", "two"))
     start = G.initial_stack(lambda: G.Transformer(64, 10, 12, 32, 2, 2), [0], 1, CPU)
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(a[name], b[name], atol=1e-4, rtol=1e-3)
         assert not torch.allclose(a[name], start[name], atol=1e-4)      # and they did learn
     losses = [[json.loads(line)["training_loss"] for line in open(tmp_path / name / "metrics.jsonl")]
               for name in ("one", "two")]
