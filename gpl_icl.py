@@ -53,8 +53,9 @@ RESULT
   paper preset (one GPU): not run yet.
 
 DIFFERS
-  1. quick is small: glyphs instead of MNIST, T = 30 instead of 100, 2 layers of width 128 instead
-     of 4 of 256. It has to fit two CPU cores; the paper preset has the paper's sizes.
+  1. quick is small (glyphs instead of MNIST, T = 30 instead of 100) to fit two CPU cores. In the
+     paper preset, T and the data are the paper's; its layers, heads, width, centring and the
+     number of steps were recalled, not read again, and its batch and rates are our choice.
   2. burst: half of the training sequences are made of ten images. Ours: without it (or with the
      paper's label bias alone) a small model does not leave the plateau within minutes.
   3. Each pixel's mean is subtracted, not one global mean (`--center global`, as in the paper
@@ -63,6 +64,7 @@ DIFFERS
   5. Test sequences hold no image twice; small test sets would be flattered by exact repeats.
   6. Not known from the paper, so ours: pre-norm blocks, ReLU, learned positions, Adam's rate and
      betas, warm-up, clipping, the SGD baseline (softmax regression, one pass, tuned rate).
+     From memory of it: the form of `random`, of the outer-product LSTM, and label bias 0.9.
   7. Left out: the paper's VSML and MAML rows, its heat maps over model sizes, Omniglot, CIFAR10,
      SVHN and ResNet features; `--features FILE.npz` takes any embedding of yours.
   8. Longer than its siblings should be: four models and two kinds of real and drawn data are in it.
@@ -110,14 +112,15 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Config:
+    """All settings of a run; each comment is the option's --help. [paper] marks what it states."""
     dataset: str = "glyph_digits"    # to meta-train on: glyph_digits|_letters, [fashion_|k]mnist
     unseen: str = "glyph_letters"    # for meta-testing only: the same names, or FILE.npz
     features: str = ""               # FILE.npz with x (N, D), y (N,), any embedding, as --dataset
     data_dir: str = "data"           # folder with NAME/train-images-idx3-ubyte.gz and so on
     download: bool = False           # fetch missing official files into --data-dir
     image_size: int = 8              # images are resized to this many pixels a side
-    rgb: bool = False                # repeat grey images over three channels, as the paper's table
-    center: str = "pixel"            # subtract each "pixel"'s mean, or one "global" mean [paper]
+    rgb: bool = False                # repeat grey images over three channels
+    center: str = "pixel"            # subtract each "pixel"'s mean, or one "global" mean
     distort: float = 0.4             # strength of the glyphs' distortions; 1 is hard
     classes: int = 10                # classes in a sequence, C
     length: int = 30                 # examples in a sequence, T [paper: 100]
@@ -303,8 +306,8 @@ def sample_batch(data, variants, seeds, generators, batch, length, bank=None, di
 
 
 def random_batch(generators, batch, length, n_in, classes):
-    """The paper's `random` data: ten points U(0, 1)^D with independent uniform labels, drawn with
-    replacement -> x (seeds, B, T, D), y (seeds, B, T). Identical inputs stay identical."""
+    """The `random` data, as recalled: ten points U(0, 1)^D with independent uniform labels, drawn
+    with replacement -> x (seeds, B, T, D), y (seeds, B, T). Identical inputs stay identical."""
     points = (per_seed(torch.rand, generators, batch, 10, n_in) - 0.5) * math.sqrt(12)
     points = gram_projection(points, per_seed(torch.randn, generators, batch, 10, n_in))
     labels = (per_seed(torch.rand, generators, batch, 10) * classes).long()
@@ -723,7 +726,7 @@ def task_bank(variants, seeds, n_in, device):
 def train(cfg, run, stage, build, variants, data, probe, steps, batch=0, adam_eps=0.0):
     """Meta-train one stack: every variant for every seed.
 
-    build() -> model;  variants: list of `Variant`, finite K first;  data: `Dataset` to train on
+    build() -> model;  variants: list of `Variant`;  data: `Dataset` to train on
     probe: (x (seeds, E, T, D), y) of new tasks, read every `log_every` steps without any bias
     -> (f, params): the stacked forward function, the trained parameters {name: (S, ...)}
     """
@@ -1115,7 +1118,7 @@ def plot_plateau(axis, cfg, rows, models):
             ("half batch", "unlimited", SKY, "the same, half the batch"),
             ("epsilon 1e-4", "unlimited", PINK, "the same, Adam epsilon 1e-4"),
             ("sweep", "uniform", RED, "uniform: no intervention"),
-            ("sweep", "label bias 0.9", ORANGE, "label bias 0.9 (the paper's)")):
+            ("sweep", "label bias 0.9", ORANGE, "label bias 0.9 (the paper's idea)")):
         if run in rows[0]["history"].get(stage, {}):
             points = np.array([row["history"][stage][run] for row in rows])    # (seeds, logs, 3)
             plot_lines(axis, points[0, :, 0], points[:, :, 1], colour, label)

@@ -3,11 +3,8 @@ import dataclasses
 import gzip
 import json
 import math
-import os
 import signal
 import struct
-import sys
-import time
 
 import numpy as np
 import pytest
