@@ -751,8 +751,7 @@ BIG = [*SMOKE, "--sweep", "4", "--sweep-steps", "80", "--steps", "20", "--save-e
 
 
 def test_resume_after_kill_equals_uninterrupted(tmp_path, script):
-    whole = script("gpl_icl.py", *BIG, "--out", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
+    whole = script("gpl_icl.py", *BIG, "--out", tmp_path / "whole", wait=False)    # beside the other
     # Killed in the second stage, at a moment that nobody chose.
     process = script("gpl_icl.py", *BIG, "--out", tmp_path / "cut", wait=False)
     while "sweep 25/" not in process.stdout.readline():
@@ -769,15 +768,16 @@ def test_resume_after_kill_equals_uninterrupted(tmp_path, script):
     assert process.returncode == 143 and "--resume" in error
     done = script("gpl_icl.py", *BIG, "--out", tmp_path / "cut", "--resume")
     assert done.returncode == 0 and "(resumed)" in done.stdout
+    _, error = whole.communicate()
+    assert whole.returncode == 0, error
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
     metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("cut", "whole")]
     assert metrics[0] == metrics[1]
 
 
-def test_two_processes_equal_one(tmp_path, script):
+def test_two_processes_equal_one(tmp_path, capsys, script):
     options = [*SMOKE, "--steps", "12", "--eval-sequences", "16", "--device", "cpu", "--adam-eps", "1e-5"]
-    one = script("gpl_icl.py", *options, "--out", tmp_path / "one")
-    assert one.returncode == 0, one.stderr
+    assert run_here(capsys, *options, "--out", tmp_path / "one")[0] == 0
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     two = script("gpl_icl.py", *options, "--out", tmp_path / "two", launcher=launcher)
     assert two.returncode == 0, two.stderr
