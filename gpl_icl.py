@@ -538,10 +538,11 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
 
     def forward(self, h):                                                      # (B, T, H)
-        qkv = self.qkv(self.norm1(h)).unflatten(-1, (3, self.heads, -1))
+        shape, h = h.shape, h.flatten(0, 1)     # rows: a ReLU in place would copy views of (B, T, H)
+        qkv = self.qkv(self.norm1(h)).view(*shape[:2], 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (B, heads, T, d)
-        h = h + self.out(causal_attention(q, k, v).transpose(1, 2).flatten(2))
-        return h + self.down(F.relu(self.up(self.norm2(h))))
+        h = h + self.out(causal_attention(q, k, v).transpose(1, 2).reshape(h.shape))
+        return (h + self.down(F.relu(self.up(self.norm2(h)), inplace=True))).view(shape)
 
 
 class Transformer(nn.Module):
