@@ -538,7 +538,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
 
     def forward(self, h):                                                      # (B, T, H)
-        shape, h = h.shape, h.flatten(0, 1)     # rows: a ReLU in place would copy views of (B, T, H)
+        shape, h = h.shape, h.flatten(0, 1)        # rows: ReLU in place would copy a view
         qkv = self.qkv(self.norm1(h)).view(*shape[:2], 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (B, heads, T, d)
         h = h + self.out(causal_attention(q, k, v).transpose(1, 2).reshape(h.shape))
