@@ -596,6 +596,172 @@ def test_counts_explain_the_order_free_and_not_the_order():
     assert d_s.item() > 0.3
 
 
+# ---- priors other than uniform, losses by plain loops, what is tested on what ----
+
+def test_uneven_priors():
+    cfg = M.Config(alpha=2.0, beta=0.5)
+    family, x = M.FAMILIES["bernoulli"](cfg), M.FAMILIES["bernoulli"](cfg).sample([generator()], 20_000, 1)
+    assert abs(x.double().mean() - 0.8) < 0.015 and math.isclose(family.predictive(family.statistics(x))[0, 0, 0, 1].exp(), 0.8)
+    assert abs(M.sample_arms([generator()], 20_000, cfg).mean() - 0.8) < 0.01
+    dice = M.Categorical((2.0, 1.0, 0.5)).sample([generator()], 20_000, 1)
+    counts = torch.bincount(dice.flatten(), minlength=3) / 20_000
+    assert (counts - torch.tensor([4, 2, 1]) / 7).abs().max() < 0.015
+    grid = (np.arange(20_000) + 0.5) / 20_000
+    expected = (scipy.stats.beta(3, 1.5).pdf(grid) * scipy.stats.beta(2, 2.5).cdf(grid)).mean()
+    assert abs(M.thompson_probability(1, 0, 0, 1, 2.0, 1.5) - expected) < 1e-5
+    assert M.greedy_policy(*map(torch.tensor, (2, 1, 1, 0)), 1.0, 1.0) == 0      # 3/5 below 2/3
+    assert M.greedy_policy(*map(torch.tensor, (2, 1, 1, 0)), 8.0, 8.0) == 0.0    # 10/19 below 9/17
+    assert M.greedy_policy(*map(torch.tensor, (4, 2, 1, 0)), 8.0, 8.0) == 1.0    # 12/22 above 9/17
+
+
+def test_actor_critic_loss_by_plain_loops():
+    S, B, T, gamma, lam, weight = 2, 3, 4, 0.9, 0.8, 0.05
+    output = torch.randn(S, B, T, 3, generator=generator(), dtype=torch.float64)
+    actions, rewards = (torch.randint(2, (S, B, T), generator=generator(i)) for i in (1, 2))
+    losses = M.actor_critic_loss(lambda x: output, actions, rewards, weight, gamma, lam, lambda tensors: None)
+    for s in range(S):
+        advantage, v = np.zeros((B, T)), 5 * output[s, :, :, 2].numpy()
+        for b in range(B):
+            carry = 0.0
+            for t in reversed(range(T)):
+                after = v[b, t + 1] if t + 1 < T else 0.0
+                carry = rewards[s, b, t].item() + gamma * after - v[b, t] + gamma * lam * carry
+                advantage[b, t] = carry
+        scaled, total = (advantage - advantage.mean()) / advantage.std(), 0.0
+        for b, t in itertools.product(range(B), range(T)):
+            logits = output[s, b, t, :2].numpy()
+            log_pi = logits - np.logaddexp(*logits)
+            total -= log_pi[actions[s, b, t]] * scaled[b, t]
+            total += 0.5 * (v[b, t] / 5 - (advantage[b, t] + v[b, t]) / 5) ** 2
+            total += weight * (np.exp(log_pi) * log_pi).sum()
+        assert math.isclose(losses[s], total / (B * T), rel_tol=1e-6)
+
+
+def test_play_follows_its_probabilities_and_the_arms():
+    model = M.LSTM(4, 3, 8, [generator()])
+    theta = torch.tensor([[[0.0, 1.0]]]).expand(1, 50, 2)
+    act, pay = (torch.rand(1, 50, 6, generator=generator(i)) for i in (1, 2))
+    actions, rewards = M.play(model, theta, act, pay)
+    assert torch.equal(actions, rewards)                     # arm 1 never pays, arm 2 always
+    with torch.no_grad():
+        first = model(M.outcomes(actions, rewards))[..., :2].softmax(-1)[..., 0]
+    assert torch.equal(actions, (act >= first).long())
+    assert torch.equal(M.play(model, theta, act, pay, argmax=True)[0][..., 0], (first[..., 0] < 0.5).long())
+
+
+def test_gradients_are_clipped_slice_by_slice():
+    w = torch.nn.Parameter(torch.ones(3, 4))
+    scale = torch.tensor([100.0, 0.1, 0.0])
+    M.meta_step((w * scale[:, None]).sum(1), [w], torch.optim.SGD([w], lr=1.0), 1.0, Alone([0]))
+    torch.testing.assert_close(w.grad.norm(dim=1), torch.tensor([1.0, 0.2, 0.0]))
+    torch.testing.assert_close(w.detach(), 1 - w.grad)
+
+
+def test_excess_is_a_paired_t_statistic():
+    x = torch.randn(2, 30, generator=generator()).double() + 0.3
+    assert np.allclose(M.excess_z(x), scipy.stats.ttest_1samp(x.numpy(), 0, axis=1).statistic)
+
+
+def test_learning_rate_falls_along_a_cosine(monkeypatch):
+    rates = []
+    monkeypatch.setattr(M, "meta_step", lambda losses, parameters, adam, clip, run: rates.append(adam.param_groups[0]["lr"]))
+    M.train_predictor(M.Config(predict_steps=10, log_every=10, eval_sequences=4), Alone([0]), "bernoulli")
+    assert np.allclose(rates, [5e-3 * (1 + math.cos(math.pi * n / 10)) / 2 for n in range(10)])
+
+
+def test_untrained_twin_is_the_start_of_the_trained():
+    family, untrained, model, x = M.train_predictor(
+        M.Config(predict_steps=3, log_every=3, eval_sequences=4), Alone([5]), "bernoulli")
+    again = M.train_predictor(M.Config(predict_steps=1, log_every=1, eval_sequences=4, learning_rate=1e-12),
+                              Alone([5]), "bernoulli")[2]
+    for a, b, c in zip(untrained.parameters(), again.parameters(), model.parameters()):
+        assert torch.allclose(a, b, atol=1e-9) and not torch.allclose(a, c, atol=1e-4)
+    assert M.states_of(model, family, x).shape == (1, 4, 20, 2 * 32)
+
+
+def test_fixed_point_gradient_by_hand():
+    noise = 0.5 * torch.randn(4, generator=M.stream(0, 92, "cpu")).double()
+    # histories: "" (index 1), then 0 (index 2) and 1 (index 3); Bayes 1/2, 1/3, 2/3
+    gradients = [p * (q.logit().add(n).sigmoid() - q).abs() / 2 for p, q, n in zip(
+        (1, 0.5, 0.5), torch.tensor([1 / 2, 1 / 3, 2 / 3]).double(), noise[1:])]
+    assert math.isclose(M.fixed_point_gradient(2, noise=0.5), max(gradients), rel_tol=1e-6)
+
+
+def test_simulation_is_tested_on_fresh_sequences_in_the_right_order():
+    z = torch.randn(1, 20, 3, 6, generator=generator())
+    noise = torch.randn(1, 20, 3, 1, generator=generator(1))
+    d_s, d_o = M.simulate(z, noise, lambda z: z[..., 0], lambda p, q: p, (0,), 400)
+    assert d_s.item() > 0.5                                  # on the fitted half it would be near 0
+    assert math.isclose(d_o.item(), noise[:, 10:].mean().item(), rel_tol=1e-5)     # truth comes first
+
+
+class Constant(torch.nn.Module):
+    """Slice i predicts P(1) = i / 10, whatever it reads."""
+
+    def forward(self, x):
+        p = (torch.arange(len(x)) + 1.0)[:, None, None] / 10
+        return torch.stack([1 - p, p], -1).log().expand(*x.shape[:3], 2)
+
+
+def test_matrix_says_who_was_tested_on_what(monkeypatch):
+    monkeypatch.setattr(M, "train_switching", lambda *arguments: Constant())
+    cfg = M.Config(sources="lin,ptw", eval_sequences=10, switch_length=12)
+    rows = M.evaluate_switching(cfg, Alone([3, 4]))
+    for i, (seed, row) in enumerate(zip((3, 4), rows)):
+        for number, source in enumerate(M.SOURCES):
+            x, theta, switches = M.sample_source(source, 10, 12, [M.stream(seed, 40 + number, CPU)])
+            total = lambda q: M.regret(theta[0], q)[:, 1:].sum(1).mean().item()
+            expected = {"KT": M.kt_predict(x[0]), "PTW": M.ptw_predict(x[0]), "LIN": M.lin_predict(x[0]),
+                        "oracle": M.oracle_predict(x[0], switches[0]), "lstm<-lin": torch.full((10, 12), (2 * i + 1) / 10),
+                        "lstm<-ptw": torch.full((10, 12), (2 * i + 2) / 10)}
+            assert set(row["matrix"][source]) == set(expected)
+            for name, q in expected.items():
+                assert math.isclose(row["matrix"][source][name], total(q), rel_tol=1e-5), (source, name)
+        assert set(row["excess_z"]) == {"lstm<-lin", "lstm<-ptw"} and len(row["curve"]["KT"]) == 47
+
+
+def test_slices_of_a_seed_read_its_sequences():
+    model, x = M.LSTM(2, 2, 8, [generator(i) for i in range(4)]), bits(2, 5)[:, None]
+    q = M.network_predict(model, x, 2)
+    for i in range(4):
+        alone = model(M.shifted(M.COIN.encode(x[[i // 2] * 4])))[i].softmax(-1)[..., 1]
+        torch.testing.assert_close(q[i].float(), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_headline_from_a_matrix():
+    regrets = {"KT": 8.0, "PTW": 4.0, "LIN": 5.0, "oracle": 3.0, "lstm<-ptw": 4.5, "lstm<-lin": 5.5}
+    row = {"families": {}, "matrix": {source: dict(regrets) for source in M.SOURCES}, "excess_z": {"lstm<-ptw": -1.5}}
+    head = M.headline(M.Config(), row)
+    assert head == {"lin_regret": 5.5, "lin_regret_over_exact": 1.1, "ptw_regret": 4.5, "ptw_gap_closed": 0.875,
+                    "regular20_network_below_exact": -0.5, "regular20_lin_network_below_exact": -1.5, "least_excess_z": -1.5}
+
+
+@pytest.mark.parametrize("name", ["none", "sincos", "alibi", "relative"])
+def test_only_encodings_tell_the_order(name):
+    """One block without encoding: the last output is the same for the past in any order."""
+    model = M.Transformer(2, 2, 16, [generator()], layers=1, encoding=name)
+    x = torch.randn(1, 1, 6, 2, generator=generator())
+    moved = (model(x[:, :, [1, 0, 3, 2, 4, 5]])[0, 0, -1] - model(x)[0, 0, -1]).abs().max()
+    assert moved < 1e-6 if name == "none" else moved > 1e-4
+
+
+def test_stack_rnn_by_plain_steps():
+    model = M.StackRNN(2, 2, 8, [generator()])
+    x, h, stack = torch.randn(1, 1, 5, 2, generator=generator()), torch.zeros(8), torch.zeros(30, 8)
+    weights = {name: p[0] for name, p in model.named_parameters()}
+    affine = lambda name, x: x @ weights[f"{name}.weight"] + (weights[f"{name}.bias"][0] if f"{name}.bias" in weights else 0)
+    for t in range(5):
+        h = (affine("input", x[0, 0, t]) + affine("recurrent", h) + affine("top", stack[0])).relu()
+        push, pop, noop = affine("action", h).softmax(0)
+        stack = push * torch.cat([affine("value", h)[None], stack[:-1]]) + noop * stack + pop * torch.cat([stack[1:], torch.zeros(1, 8)])
+        torch.testing.assert_close(model(x)[0, 0, t], affine("head", h), rtol=1e-4, atol=1e-5)
+
+
+def test_forget_bias_goes_to_the_forget_gates():
+    zero, one = (M.LSTM(2, 2, 4, [generator()], forget_bias=b).input.bias for b in (0.0, 1.0))
+    assert (one - zero)[0, 0].tolist() == pytest.approx([0] * 8 + [1] * 4 + [0] * 4)     # output, input, forget, candidate
+
+
 # ---- short runs: thresholds are the mean plus 4 deviations over seeds 100 to 109, see CALIBRATED ----
 
 CALIBRATED = {         # measured 2026-11-22 on two cores of an AMD EPYC, torch 2.13.0
