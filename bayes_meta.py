@@ -40,6 +40,11 @@ SYMBOLS
   m          switches          (S, B, T)    does a new segment begin at t?
   Q*         Q                 (T,T,T,T,2)  exact value of each arm at each belief
   phi        phi                            map from one machine's states to the other's
+  D_s, D_o   ds_.., do_..                   what phi leaves unexplained: states, outputs
+  KT, PTW, LIN                              exact mixtures (Krichevsky-Trofimov: one segment;
+                                            Partition Tree Weighting; Willems' linear one)
+  Yardsticks: stationary families, KL(Bayes || network) a symbol, 0 at Bayes. Coins that switch:
+  regret, sum_t KL(theta_t || q_t) a sequence, above 0 even for Bayes. Bandits: return lost.
 
 RESULT
 RESULTS
@@ -51,17 +56,20 @@ DIFFERS
      architecture; Adam at 5e-3 on a cosine ([G23 code]: 1e-4, constant).
   3. A start token (zeros) lets the networks predict x_1, too. [G23 code] never predicts it;
      regrets are therefore over t = 2 .. T.
-  4. The LSTMs of the stationary families start with a forget bias of 0, all others with 1.
-     With 1 (`--forget-bias 1`) even an untrained network remembers nearly everything at T = 20.
+  4. The LSTMs of the stationary families start with a forget bias of 0, all others with 1 [G23
+     code]. With 1 (`--forget-bias 1`) even an untrained network remembers nearly all at T = 20.
+     Inputs enter the core and the state the read-out linearly: no encoder, no ReLU between.
   5. The optimum of the bandits is the exact finite-horizon programme, not Gittins' index, and the
-     players are trained by a synchronous actor-critic, not IMPALA.
+     players are trained by a synchronous actor-critic with TD(lambda) targets, not IMPALA.
   6. The transformer has no dropout (data are without end) and counts positions upwards; the
      code of [G23] counts them down, so that a position's code depends on the length.
   7. `uniform` draws whole lengths 1 .. 40: our choice. The official generator can stall on a 0.
-  8. Longer than its siblings should be: three papers, each with exact solutions, are in it.
+  8. Not here: stack-LSTM, steps by length tokens, tests at twice the length (at four times: yes,
+     on a fifth of the sequences).
+  9. Longer than its siblings should be: three papers, each with exact solutions, are in it.
 
 RUN
-  python bayes_meta.py
+  python bayes_meta.py                              (on a Mac: --device cpu, for its float64)
   python bayes_meta.py --families "" --bandit-steps 0 --thompson-steps 0 --sources ptw,lin \\
       --models rnn,lstm,stack_rnn,transformer_alibi          only the coins that switch
   torchrun --standalone --nproc_per_node=8 bayes_meta.py --preset paper
@@ -104,14 +112,16 @@ class Config:
     families: str = "bernoulli,dice,gaussian,exponential"   # stationary tasks to predict; "": none
     alpha: float = 1.0               # Beta(alpha, beta) prior of coins and arms; whole for bandits
     beta: float = 1.0                # multiples of 1/2, both
-    length: int = 20                 # symbols or pulls of a stationary task, T [G23 code: 20]
+    length: int = 20                 # symbols of a stationary task, T [G23 code: 20]
     predict_steps: int = 2000        # meta-training steps of each family's predictor
     predict_batch: int = 128         # sequences a step, B [G23 code: 128]
     predict_hidden: int = 32         # width of the predictors, H
     forget_bias: float = 0.0         # initial bias of their forget gates; the other networks': 1
     bandit_steps: int = 1500         # actor-critic updates; 0: no bandits
     thompson_steps: int = 400        # imitation updates of the Thompson sampler
+    bandit_length: int = 20          # pulls of an episode, T
     bandit_batch: int = 256          # episodes an update
+    bandit_rate: float = 5e-3        # of Adam, for the players; falls to 0 along a cosine
     bandit_hidden: int = 48          # width of the players
     entropy: float = 0.03            # first weight of the entropy bonus; it falls linearly to 0
     gamma: float = 1.0               # discount of the bandits' returns
@@ -121,13 +131,14 @@ class Config:
     switch_length: int = 64          # symbols of a training sequence, T [G23: 256]
     switch_steps: int = 1500         # meta-training steps on the switching sources
     switch_batch: int = 64           # sequences a step
-    switch_hidden: int = 64          # width of the recurrent networks and the transformers
+    switch_hidden: int = 64          # width of the recurrent networks
+    transformer_width: int = 64      # width of the transformers [G23 code: 64]
     layers: int = 2                  # transformer blocks
     heads: int = 4                   # attention heads
     period: int = 20                 # steps between the switches of the source `regular`
     longest: int = 40                # longest segment of the source `uniform`
-    learning_rate: float = 5e-3      # of Adam
-    cosine: bool = True              # let the rate fall to 0 along a cosine
+    learning_rate: float = 5e-3      # of Adam, for the predictors
+    cosine: bool = True              # let that rate fall to 0 along a cosine
     clip: float = 1.0                # bound on the gradient norm of each run [G23 code]
     simulate_steps: int = 600        # fits of the maps between state machines
     eval_sequences: int = 1000       # test sequences a seed and task
@@ -154,28 +165,30 @@ class Config:
                     raise ValueError(f"no {name!r} among the {option}: {', '.join(known)}")
             if len(set(names)) < len(names):
                 raise ValueError(f"--{option} names one twice: {getattr(self, option)}")
-        if self.switch_hidden % self.heads:
-            raise ValueError(f"--heads {self.heads} must divide --switch-hidden")
+        if self.transformer_width % self.heads:
+            raise ValueError(f"--heads {self.heads} must divide --transformer-width")
         if (self.bandit_steps or self.thompson_steps) and self.alpha % 1:
             raise ValueError("--alpha must be whole: the bandits' exact Thompson sampler needs it")
         if 2 * self.alpha % 1 or 2 * self.beta % 1:
             raise ValueError("--alpha and --beta must be multiples of 1/2: that is what is sampled")
-        if self.sources and not self.models:
+        if chosen(self.sources) and not chosen(self.models):
             raise ValueError("--models must name one, or --sources be empty")
-        if not (self.families or self.bandit_steps or self.thompson_steps or self.sources):
+        if not (chosen(self.families) or self.bandit_steps or self.thompson_steps
+                or chosen(self.sources)):
             raise ValueError("nothing to do: no families, no bandits, no sources")
 
 
 PRESETS = {
     "smoke": dict(families="bernoulli,gaussian", length=16, predict_steps=30, predict_batch=32,
                   predict_hidden=16, bandit_steps=20, thompson_steps=20, bandit_batch=32,
-                  bandit_hidden=16, sources="ptw,lin", switch_length=16, switch_steps=20,
-                  switch_batch=16, switch_hidden=16, simulate_steps=30, eval_sequences=100,
-                  measure_speed=False, log_every=10, save_every=10),
+                  bandit_length=16, bandit_hidden=16, sources="ptw,lin", switch_length=16,
+                  switch_steps=20, switch_batch=16, switch_hidden=16, simulate_steps=30,
+                  eval_sequences=100, measure_speed=False, log_every=10, save_every=10),
     "quick": dict(),
     "paper": dict(predict_steps=100_000, bandit_steps=20_000, thompson_steps=20_000,
-                  bandit_batch=1024, models="rnn,lstm,stack_rnn,transformer_sincos,"
-                  "transformer_alibi,transformer_relative", switch_length=256,
+                  bandit_length=50, bandit_batch=1024, bandit_rate=1e-3,
+                  models="rnn,lstm,stack_rnn,transformer_sincos,transformer_alibi,"
+                  "transformer_relative", switch_length=256,
                   switch_steps=100_000, switch_batch=128, switch_hidden=128, layers=5, heads=8,
                   learning_rate=1e-4, cosine=False, eval_sequences=2048, log_every=1000,
                   save_every=5000),
@@ -217,17 +230,20 @@ def gamma_variate(generators, shape_parameter, *shape):
 
 
 def before(x, dim):
-    """Sums over what came before: y_t = x_1 + .. + x_{t-1}, in float64."""
-    return x.double().cumsum(dim) - x.double()
+    """Sums over what came before: y_t = x_1 + .. + x_{t-1}, in float64. y_t never touches x_t."""
+    if not x.shape or not x.shape[dim]:
+        raise ValueError("a sequence needs at least one symbol, T >= 1")
+    total = x.double().cumsum(dim)
+    first, rest = torch.zeros_like(total.narrow(dim, 0, 1)), total.narrow(dim, 0, x.shape[dim] - 1)
+    return torch.cat([first, rest], dim)
 
 
 class Categorical:
-    """A die or coin, theta ~ Dirichlet(alpha). A prediction is K log probabilities.
-
-    In each family, `predictive` bears statistics that cannot be: a fitted map may return them.
-    """
+    """A die or coin, theta ~ Dirichlet(alpha). A prediction is K log probabilities."""
 
     def __init__(self, alpha):
+        if not all(0 < a < math.inf for a in alpha):
+            raise ValueError(f"prior parameters must be positive, not {alpha}")
         self.alpha, self.inputs, self.outputs = alpha, len(alpha), len(alpha)
 
     def sample(self, generators, B, T):
@@ -246,7 +262,7 @@ class Categorical:
 
     def predictive(self, counts):
         """log p(x_t = k | x_<t) = log (n_k + alpha_k) / (n + sum_k alpha_k)."""
-        weight = counts.clamp(min=0) + torch.tensor(self.alpha).to(counts)
+        weight = counts + counts.new_tensor(self.alpha)
         return (weight / weight.sum(-1, keepdim=True)).log()
 
     def log_loss(self, p, x):
@@ -283,7 +299,7 @@ class Gaussian:
     def predictive(self, statistics):
         """N(m_n, 1/tau_n + 1/tau_x)."""
         mean, tau = statistics.unbind(-1)
-        return torch.stack([mean, -(1 / tau.clamp(min=1e-3) + 1 / self.tau_x).log()], -1)
+        return torch.stack([mean, -(1 / tau + 1 / self.tau_x).log()], -1)
 
     def log_loss(self, p, x):
         mean, log_tau = p.unbind(-1)
@@ -317,7 +333,7 @@ class Exponential:
 
     def predictive(self, statistics):
         """Density (a + n) (b + sum x)^(a + n) / (b + sum x + x_t)^(a + n + 1)."""
-        return statistics.clamp(min=1e-3).log()
+        return statistics.log()
 
     def log_loss(self, p, x):
         log_a, log_b = p.unbind(-1)
@@ -365,15 +381,20 @@ def gaussian_predict(x, m0=0.0, tau0=1.0, tau_x=1.0):
 
 
 def exponential_predict(x, a=2.0, b=1.0):
-    """x (..., T) -> shape and scale of the Lomax law of x_t given x_<t, each (..., T)."""
+    """x >= 0 (..., T) -> shape and scale of the Lomax law of x_t given x_<t, each (..., T)."""
+    if (x < 0).any():
+        raise ValueError("exponential variables are at least 0")
     return Exponential(a, b).statistics(x).unbind(-1)
 
 
-def check_symbols(x, K):
-    """x itself, integers (..., T) below K; ValueError otherwise."""
+def check_symbols(x, K, rows=False):
+    """x, tensor or array, as whole numbers (..., T) below K, (B, T) with `rows`; or ValueError."""
+    x = torch.as_tensor(x)
     if not x.shape or not x.shape[-1]:
         raise ValueError("a sequence needs at least one symbol, T >= 1")
-    if ((x < 0) | (x >= K) | (x % 1 != 0)).any():
+    if rows and x.dim() != 2:
+        raise ValueError(f"a batch of sequences is (B, T), not {tuple(x.shape)}")
+    if ((x < 0) | (x >= K) | (x != x.long())).any():
         raise ValueError(f"symbols must be whole numbers from 0 to {K - 1}")
     return x.long()
 
@@ -467,10 +488,12 @@ def ptw_scan(x, depth=None):
     Level by level from the leaves up, for all prefixes at once. At each t the block that holds t
     began at `start`; its left half is a whole block of the level below, ended at `middle`.
     """
-    T, device = check_symbols(x, 2).shape[1], x.device
+    x = check_symbols(x, 2, rows=True)
+    T, device = x.shape[1], x.device
     depth = tree_depth(T) if depth is None else depth
-    if T > 1 << depth:
-        raise ValueError(f"depth {depth} is too small for {T} symbols: at least {tree_depth(T)}")
+    if not tree_depth(T) <= depth <= 62:
+        raise ValueError(f"depth {depth} is too small for {T} symbols, or too large: "
+                         f"{tree_depth(T)} to 62")
     table, t = kt_table(T, device).flatten(), torch.arange(1, T + 1, device=device)
     count = F.pad(x.long().cumsum(1), (1, 0))                                  # (B, T + 1)
     ones = torch.stack([count[:, 1:], count[:, :-1] + 1])                      # (2, B, T)
@@ -507,7 +530,8 @@ def lin_log_evidence(x, block=16):
     a triangular linear system. It is solved `block` ends at a time, relative to the evidence so
     far, so that no length over- or underflows; what is kept of A is its logarithm.
     """
-    (B, T), device = check_symbols(x, 2).shape, x.device
+    x = check_symbols(x, 2, rows=True)
+    (B, T), device = x.shape, x.device
     steps = torch.arange(T + 1, device=device)
     table = (kt_table(T, device) + lin_survival(T).to(device)[:T + 1, None].log()).flatten()
     hazard = 0.5 / steps.double().clamp(min=1)
@@ -541,6 +565,7 @@ def lin_log_evidence(x, block=16):
 
 def lin_predict(x):
     """Bits (B, T) -> P(x_t = 1 | x_<t) (B, T), float64: Bayes for the source `lin`."""
+    x = check_symbols(x, 2, rows=True)
     evidence = lin_log_evidence(x)
     actual = (evidence - F.pad(evidence[:, :-1], (1, 0))).exp()                # P(x_t | x_<t)
     return torch.where(x == 1, actual, 1 - actual)
@@ -548,6 +573,8 @@ def lin_predict(x):
 
 def regret(theta, q):
     """KL(theta_t || q_t) (..., T) in nats, float64: theta the true bias, q the predicted one."""
+    if not all(((0 <= p) & (p <= 1)).all() for p in (theta, q)):
+        raise ValueError("theta and q are probabilities, from 0 to 1")
     theta, q = (p.double().clamp(1e-12, 1 - 1e-12) for p in (theta, q))
     return theta * (theta / q).log() + (1 - theta) * ((1 - theta) / (1 - q)).log()
 
@@ -604,6 +631,8 @@ def thompson_probability(s1, f1, s2, f2, alpha=1.0, beta=1.0):
     """
     if alpha % 1 or min(alpha, beta) <= 0:
         raise ValueError(f"alpha must be a whole number, both positive, not {alpha, beta}")
+    if any((torch.as_tensor(n) < 0).any() for n in (s1, f1, s2, f2)):
+        raise ValueError("numbers of successes and failures are at least 0")
     a1, b1, a2, b2 = torch.broadcast_tensors(*(
         torch.as_tensor(n).double() + prior for n, prior in
         ((s1, alpha), (f1, beta), (s2, alpha), (f2, beta))))
@@ -735,13 +764,13 @@ class RNN(Recurrent):
 
 
 class LSTM(Recurrent):
-    """Long short-term memory; forget_bias is added to the forget gates' initial bias."""
+    """Long short-term memory; forget_bias: the forget gates' initial bias."""
     gates = 4
 
     def __init__(self, inputs, outputs, hidden, generators, forget_bias=1.0):
         super().__init__(inputs, outputs, hidden, generators)
         with torch.no_grad():
-            self.input.bias[..., 2 * hidden:3 * hidden] += forget_bias
+            self.input.bias[..., 2 * hidden:3 * hidden] = forget_bias
 
     def start(self, x):
         zeros, = super().start(x)
@@ -838,7 +867,7 @@ class Block(nn.Module):
             r = self.lag(sinusoids(t, H).expand(S, T, H)).view(S, 1, T, self.heads, -1)
             by_lag = (q + z) @ r.permute(0, 1, 3, 4, 2) / math.sqrt(H // self.heads)
             lag = (t[:, None] - t).clamp(min=0)                                # (T, T)
-            q, bias = q + u, by_lag[..., t[:, None], lag].flatten(0, 1) + bias
+            q, bias = q + u, by_lag.gather(-1, lag.expand_as(by_lag)).flatten(0, 1) + bias
         q, k, v = (part.flatten(0, 1) for part in (q, k, v))                   # (S B, heads, T, d)
         mixed = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
         return self.out(mixed.transpose(1, 2).reshape(S, B, T, H))
@@ -881,6 +910,8 @@ MODELS = ("rnn", "lstm", "stack_rnn", *("transformer_" + encoding for encoding i
 
 def build(name, inputs, outputs, hidden, generators, layers=2, heads=4):
     """One of MODELS, a slice a generator."""
+    if name not in MODELS:
+        raise ValueError(f"no model {name!r}: {', '.join(MODELS)}")
     kind, _, encoding = name.partition("_")
     if kind == "transformer":
         return Transformer(inputs, outputs, hidden, generators, layers, heads, encoding)
@@ -999,30 +1030,30 @@ def meta_step(losses, parameters, adam, clip, run):
 # saves `state`; run.share(batch) and run.average(tensors) serve several processes.
 
 
-def train(cfg, run, stage, model, names, steps, loss_function, generators, probe):
+def train(cfg, run, stage, model, names, steps, loss_function, generators, probe, rate, cosine):
     """Meta-train the slices of one model, each on its own tasks.
 
     names: of the slices of a seed;  loss_function(progress in [0, 1)) -> losses (S,) of a fresh
     batch, drawn from `generators`;  probe() -> {metric: (S,)} on test tasks
     """
     parameters = list(model.parameters())
-    adam = torch.optim.Adam(parameters, lr=cfg.learning_rate, fused=run.device.type != "mps")
+    adam = torch.optim.Adam(parameters, lr=rate, fused=True)
     running = torch.zeros(len(run.seeds) * len(names), device=run.device)      # since the last log
     state = {"model": model, "adam": adam, "generators": generators, "running": running}
     for step in run.steps(stage, steps, state):
         # COLLECT and META UPDATE
-        if cfg.cosine:
-            fall = (1 + math.cos(math.pi * step / steps)) / 2
-            adam.param_groups[0]["lr"] = cfg.learning_rate * fall
+        if cosine:
+            adam.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / steps)) / 2
         losses = loss_function(step / steps)
         meta_step(losses, parameters, adam, cfg.clip, run)
-        running += losses.detach()
+        losses = losses.detach()
+        run.average([losses])                                # each process has seen its share
+        running += losses
         run.watch(losses)
         # LOG
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
             with run.clock("evaluation"):
                 metrics = {name: values.tolist() for name, values in probe().items()}
-                run.average([running])
                 training = (running / (step % cfg.log_every + 1)).tolist()
                 running.zero_()
             run.log([{"seed": run.seeds[i // len(names)], "task": names[i % len(names)],
@@ -1049,7 +1080,8 @@ def train_predictor(cfg, run, name):
     def probe():
         network = model(shifted(family.encode(x))).double()
         return {"kl": family.divergence(bayes, network).mean((1, 2))}
-    train(cfg, run, f"predict {name}", model, [name], cfg.predict_steps, loss, generators, probe)
+    train(cfg, run, f"predict {name}", model, [name], cfg.predict_steps, loss, generators, probe,
+          cfg.learning_rate, cfg.cosine)
     return family, make(), model, x
 
 
@@ -1067,7 +1099,7 @@ def train_player(cfg, run, kind, steps, Q):
     generators = [stream(seed, order, run.device) for seed in run.seeds]
     tests = [stream(seed, 24 + order, run.device) for seed in run.seeds]       # 34 or 35
     episodes = lambda generators, B: (sample_arms(generators, B, cfg), uniform(
-        generators, B, cfg.length), uniform(generators, B, cfg.length))
+        generators, B, cfg.bandit_length), uniform(generators, B, cfg.bandit_length))
     test = episodes(tests, cfg.eval_sequences)
 
     def loss(progress):
@@ -1082,7 +1114,7 @@ def train_player(cfg, run, kind, steps, Q):
     def probe():
         return {f"gap_{how}": bandit_gap(*play(model, *test, argmax=how == "argmax"), Q).mean(-1)
                 for how in ("sampled", "argmax")}
-    train(cfg, run, kind, model, [kind], steps, loss, generators, probe)
+    train(cfg, run, kind, model, [kind], steps, loss, generators, probe, cfg.bandit_rate, True)
     return model, test, probe
 
 
@@ -1092,8 +1124,9 @@ COIN = coin(0.5, 0.5)
 @torch.no_grad()
 def network_predict(model, x, each=1):
     """Bits x (S', N, T) -> P(x_t = 1 | x_<t) (S, N, T), float64; `each` slices share a batch."""
+    few = max(1, (1 << 17) // (len(x) * each * x.shape[-1]))                   # bounds the memory
     parts = [model(shifted(COIN.encode(part.repeat_interleave(each, 0))))
-             for part in x.split(100, 1)]
+             for part in x.split(few, 1)]
     return torch.cat(parts, 1).double().softmax(-1)[..., 1]
 
 
@@ -1101,9 +1134,11 @@ def train_switching(cfg, run, name, tests):
     """Template 1 on coins with switches: one network for every seed and source, side by side."""
     sources, order = chosen(cfg.sources), 12 + MODELS.index(name)
     starts = [stream(seed, 60 + order, "cpu") for seed in run.seeds for _ in sources]
-    model = build(name, 2, 2, cfg.switch_hidden, starts, cfg.layers, cfg.heads).to(run.device)
+    width = cfg.transformer_width if name.startswith("transformer") else cfg.switch_hidden
+    model = build(name, 2, 2, width, starts, cfg.layers, cfg.heads).to(run.device)
     generators = [stream(seed, order, run.device) for seed in run.seeds]
-    hot = run.compile(model)
+    # Loops over time are not worth compiling: they unroll into thousands of small steps.
+    hot = run.compile(model) if isinstance(model, Transformer) else model
 
     def loss(progress):
         x = torch.stack([sample_source(source, cfg.switch_batch, cfg.switch_length, generators,
@@ -1117,7 +1152,8 @@ def train_switching(cfg, run, name, tests):
     def probe():
         q = network_predict(model, own_x)
         return {"regret": regret(own_theta, q)[..., 1:].sum(-1).mean(-1)}
-    train(cfg, run, f"switch {name}", model, sources, cfg.switch_steps, loss, generators, probe)
+    train(cfg, run, f"switch {name}", model, sources, cfg.switch_steps, loss, generators, probe,
+          cfg.learning_rate, cfg.cosine)
     return model
 
 
@@ -1138,7 +1174,7 @@ class Map(nn.Module):
         return self.layers[-1](z)
 
 
-def simulate(source, target, read_out, divergence, seeds=(0,), steps=600, batch=512, rate=3e-3):
+def simulate(source, target, read_out, divergence, seeds=None, steps=600, batch=512, rate=3e-3):
     """Can one state machine simulate another? Fit phi: its states -> the other's; what is left?
 
     source (S, N, T, d), target (S, N, T, d'): states of both on the same N sequences; the first
@@ -1148,6 +1184,7 @@ def simulate(source, target, read_out, divergence, seeds=(0,), steps=600, batch=
     divergence of the target's predictions from those read out of phi(source). [M20], from memory
     """
     half, device = source.shape[1] // 2, source.device
+    seeds = range(len(source)) if seeds is None else seeds
     fit, test = source[:, :half].flatten(1, 2).float(), source[:, half:].flatten(1, 2).float()
     goal, truth = target[:, :half].flatten(1, 2).float(), target[:, half:]
     moments = lambda z: (z.mean(1, keepdim=True), z.std(1, keepdim=True).clamp(min=1e-6))
@@ -1166,6 +1203,7 @@ def simulate(source, target, read_out, divergence, seeds=(0,), steps=600, batch=
     with torch.no_grad():
         guess = phi(test)
         d_s = (guess - (truth.flatten(1, 2) - goal_mean) / goal_std).square().mean((1, 2))
+        guess = guess.clamp(goal.amin(1, True), goal.amax(1, True))            # counts below 0 ..
         guess = (guess * goal_std + goal_mean).unflatten(1, truth.shape[1:3]).to(target.dtype)
         return d_s.cpu(), divergence(read_out(truth), read_out(guess)).mean((1, 2)).cpu()
 
@@ -1208,6 +1246,8 @@ def evaluate_family(cfg, run, name):
         network = model(shifted(family.encode(x))).double()
         loss = lambda p: family.log_loss(p, x)                                 # (S, N, T)
         put("kl", family.divergence(bayes, network).mean((1, 2)))
+        blank = untrained(shifted(family.encode(x))).double()
+        put("kl_untrained", family.divergence(bayes, blank).mean((1, 2)))
         put("bayes_loss", loss(bayes).mean((1, 2)))
         put("excess_z", excess_z((loss(network) - loss(bayes)).mean(-1)))
         if name == "bernoulli":
@@ -1230,9 +1270,9 @@ def evaluate_family(cfg, run, name):
 def evaluate_bandits(cfg, run):
     """Train and test both players -> a dictionary a seed; the exact values of known policies."""
     prior = {"alpha": cfg.alpha, "beta": cfg.beta}
-    Q = bandit_values(cfg.length, **prior)
+    Q = bandit_values(cfg.bandit_length, **prior)
     value = lambda policy: bandit_values(                    # both arms start alike: their mean
-        cfg.length, **prior, policy=policy)[0, 0, 0, 0].mean().item()
+        cfg.bandit_length, **prior, policy=policy)[0, 0, 0, 0].mean().item()
     exact = {"optimal": Q[0, 0, 0, 0].max().item(),
              "greedy": value(lambda *belief: greedy_policy(*belief, **prior)),
              "Thompson": value(lambda *belief: thompson_probability(*belief, **prior)),
@@ -1309,21 +1349,20 @@ def evaluate_switching(cfg, run):
 
 
 def measure_speed(cfg, run):
-    """Rates of this run's and of the paper's shapes; what sampling adds to a step."""
-    rates = {}
-    few, device = 16 if run.device.type == "cpu" else 128, run.device
-    for name, model, copies, B, T, H in (
-            ("this_run", "lstm", len(run.seeds), cfg.switch_batch, cfg.switch_length,
-             cfg.switch_hidden),
-            ("paper_sources", "lstm", 1, 128, 256, 128),
-            *((f"paper_{model}", model, 1, few, 256, 64 if "transformer" in model else 128)
-              for model in MODELS)):
-        sources = SOURCES[:1] if name == f"paper_{model}" else SOURCES         # all in one stack
+    """Rates of eager training steps: of an LSTM with this run's and the paper's shapes, all
+    sources in one stack, with what sampling adds; of each model with the paper's."""
+    few, device, rates = 16 if run.device.type == "cpu" else 128, run.device, {}
+    for name, model, copies, B, T in (
+            ("this_run", "lstm", len(run.seeds), cfg.switch_batch, cfg.switch_length),
+            ("paper_sources", "lstm", 1, 128, 256),
+            *((f"paper_{model}", model, 1, few, 256) for model in MODELS)):
+        sources = SOURCES[:1] if name == f"paper_{model}" else SOURCES[1:]
         generators = [stream(0, 99, device)] * copies
-        starts = [stream(0, 60, "cpu")] * copies * len(sources)
-        network = build(model, 2, 2, H, starts, 5, 8).to(device)
+        width = 64 if "transformer" in model else 128
+        network = build(model, 2, 2, cfg.switch_hidden if name == "this_run" else width,
+                        [stream(0, 60, "cpu")] * copies * len(sources), 5, 8).to(device)
         parameters = [*network.parameters()]
-        adam = torch.optim.Adam(parameters, fused=device.type != "mps")
+        adam = torch.optim.Adam(parameters, fused=True)
         draw = lambda: torch.stack([sample_source(source, B, T, generators)[0]
                                     for source in sources], 1).flatten(0, 1)   # (S, B, T)
         x = draw()
@@ -1336,14 +1375,17 @@ def measure_speed(cfg, run):
 
 def plan(cfg, flops_per_second):
     """What a run of `cfg` does and how long it should take at this rate of matrix products."""
-    lstm = lambda steps, B, T, H: 6 * steps * B * T * 9 * H * H
+    def seconds(copies, steps, B, T, H):
+        """Of LSTMs: a seventh of the rate of products, or 0.3 ms a time step if small."""
+        flops = 6 * copies * cfg.num_seeds * B * T * 5 * H * H
+        return steps * max(flops / (0.15 * flops_per_second), 3e-4 * T)
     families, models, sources = map(len, map(chosen, (cfg.families, cfg.models, cfg.sources)))
-    flops = families * lstm(cfg.predict_steps, cfg.predict_batch, cfg.length, cfg.predict_hidden)
-    flops += lstm(cfg.bandit_steps + cfg.thompson_steps, cfg.bandit_batch, cfg.length,
+    minutes = 0.5 + 0.3 * cfg.num_seeds * families + (
+        families * seconds(1, cfg.predict_steps, cfg.predict_batch, cfg.length, cfg.predict_hidden)
+        + seconds(1, cfg.bandit_steps + cfg.thompson_steps, 2 * cfg.bandit_batch, cfg.bandit_length,
                   cfg.bandit_hidden)
-    flops += models * sources * lstm(cfg.switch_steps, cfg.switch_batch, cfg.switch_length,
-                                     cfg.switch_hidden)
-    minutes = 0.5 + cfg.num_seeds * flops / (0.15 * flops_per_second) / 60
+        + models * seconds(sources, cfg.switch_steps, cfg.switch_batch, cfg.switch_length,
+                           cfg.switch_hidden)) / 60
     return (f"trains, for {cfg.num_seeds} seed(s), predictors of {families} families, "
             f"{(cfg.bandit_steps > 0) + (cfg.thompson_steps > 0)} bandit players and {models} "
             f"model(s) on each of {sources} switching sources: about {minutes:.1f} min here")
@@ -1369,7 +1411,7 @@ def experiment(cfg, run):
         rows, exact = evaluate_bandits(cfg, run)
         for row, result in zip(per_seed, rows):
             row["headline"] |= result
-    if cfg.sources:
+    if chosen(cfg.sources):
         for row, result in zip(per_seed, evaluate_switching(cfg, run)):
             row |= result
     if cfg.measure_speed:
@@ -1379,7 +1421,8 @@ def experiment(cfg, run):
         row["headline"] = headline(cfg, row) | row["headline"]
         row["history"] = {f"{r['stage']}|{r['task']}": [] for r in run.rows}
     for r in run.rows:
-        tested = [round(r[k], 6) for k in ("kl", "gap_sampled", "gap_argmax", "regret") if k in r]
+        tested = [float(f"{r[name]:.4g}") for name in ("kl", "gap_sampled", "gap_argmax", "regret")
+                  if name in r]
         history = per_seed[run.seeds.index(r["seed"])]["history"]
         history[f"{r['stage']}|{r['task']}"].append([r["step"], *tested])
     return {"per_seed": per_seed, "exact": exact, "points": points,
@@ -1396,7 +1439,7 @@ def headline(cfg, row):
         errors.append(family["excess_z"])
         if name == "bernoulli":
             numbers |= {key: value for key, value in family.items() if key[:3] in ("ds_", "do_")}
-    if cfg.sources:
+    if chosen(cfg.sources):
         matrix, model = row["matrix"], chosen(cfg.models)[0]
         errors += row.get("excess_z", {}).values()
         trained = lambda source, test: matrix[test].get(f"{model}<-{source}")
@@ -1429,7 +1472,7 @@ def beside(cfg, per_seed, exact):
         notes |= {"bandit_gap_sampled": f"exact: {gaps}", "bandit_gap_argmax": f"exact: {gaps}",
                   "thompson_return": f"exact Thompson {exact['Thompson']:.4f}, "
                                      f"optimal {exact['optimal']:.4f}"}
-    if cfg.sources:
+    if chosen(cfg.sources):
         of = lambda test: ", ".join(f"{name} " + format(mean(
             lambda row: row["matrix"][test][name]), ".2f")
             for name in per_seed[0]["matrix"][test])
@@ -1518,8 +1561,9 @@ def plot_structure(axis, summary, rows):
             axis.text(place, -0.02, f"{text}\n{arrow}", transform=axis.get_xaxis_transform(),
                       ha="center", va="top", fontsize=8)
             place += 1
-    for colour, label in ((BLUE, "trained"), (GREY, "untrained")):
-        axis.bar(0, 0, color=colour, alpha=0.7, label=label)
+    for colour, label, key in ((BLUE, "trained", "kl"), (GREY, "untrained", "kl_untrained")):
+        kl = np.mean([row["families"][name][key] for row in rows])
+        axis.bar(0, 0, color=colour, alpha=0.7, label=f"{label} (KL to Bayes {kl:.1e})")
     axis.set(yscale="log", ylabel="left unexplained: share of variance | KL (nats)")
     axis.set_xticks([])
     axis.legend()
