@@ -47,7 +47,17 @@ SYMBOLS
   regret, sum_t KL(theta_t || q_t) a sequence, above 0 even for Bayes. Bandits: return lost.
 
 RESULT
-RESULTS
+  quick, means of 5 seeds (0-4) with 95 % t intervals, 2 CPU cores (AMD EPYC), 3.9 min a seed:
+    KL to Bayes a symbol, coin, T = 20     4.6e-5 [3.9e-5, 5.3e-5]   with a wrong prior 5.2e-3
+      die 1.4e-4, Gaussian 2.6e-4, exponential 5.9e-4
+    D_s network -> Bayes 9e-4 (untrained 0.055), Bayes -> network 0.092 (untrained 0.221)
+    bandits: return below optimal  sampled 0.065 [0.059, 0.071]      myopic greedy 0.066
+                                   arg max 0.028 [0.018, 0.038]
+    Thompson sampler's return      11.91 [11.90, 11.92]              exact 11.93, optimal 12.43
+    LIN network's regret, T = 64   1.002 times exact LIN's
+    PTW network, way from KT to exact PTW  0.839 [0.832, 0.846]
+    on `regular`, unseen: PTW network 0.227 [0.189, 0.266] nats below the best exact predictor
+  No network is below exact Bayes on its own source. paper preset (one GPU): not run yet.
 DIFFERS
   1. The papers' bodies could not be read again for this program. Tasks, networks and training
      follow the official code of [G23] where marked; the design of the structural comparison
