@@ -1582,17 +1582,17 @@ def plot_structure(axis, summary, rows):
 
 def plot_bandits(axis, summary, rows):
     """Gap to the optimal player against training episodes -> title."""
-    batch, exact = summary["config"]["bandit_batch"], summary["exact"]
+    thousands, exact = summary["config"]["bandit_batch"] / 1000, summary["exact"]
     for stage, columns in (
             ("bandit", ((1, BLUE, "actor-critic, sampled"), (2, SKY, "actor-critic, arg max"))),
             ("thompson", ((1, ORANGE, "imitation, sampled"),))):
         if f"{stage}|{stage}" in rows[0]["history"]:
             history = np.array([row["history"][f"{stage}|{stage}"] for row in rows])
             for column, colour, label in columns:
-                plot_lines(axis, history[0, :, 0] * batch, history[:, :, column], colour, label)
+                plot_lines(axis, history[0, :, 0] * thousands, history[:, :, column], colour, label)
     for name, style in (("greedy", "-."), ("Thompson", "--"), ("random", ":")):
         axis.axhline(exact["optimal"] - exact[name], color=GREY, ls=style, label=f"exact {name}")
-    axis.set(yscale="log", xlabel="training episodes", ylabel="return below the optimal player's")
+    axis.set(yscale="log", xlabel="training episodes (thousands)", ylabel="return below the optimal player's")
     axis.legend(loc="upper right", bbox_to_anchor=(1, 0.9))
     return "Bandits: decisions and Thompson sampling"
 
