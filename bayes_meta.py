@@ -1592,7 +1592,8 @@ def plot_bandits(axis, summary, rows):
                 plot_lines(axis, history[0, :, 0] * thousands, history[:, :, column], colour, label)
     for name, style in (("greedy", "-."), ("Thompson", "--"), ("random", ":")):
         axis.axhline(exact["optimal"] - exact[name], color=GREY, ls=style, label=f"exact {name}")
-    axis.set(yscale="log", xlabel="training episodes (thousands)", ylabel="return below the optimal player's")
+    axis.set(yscale="log", xlabel="training episodes (thousands)",
+             ylabel="return below the optimal player's")
     axis.legend(loc="upper right", bbox_to_anchor=(1, 0.9))
     return "Bandits: decisions and Thompson sampling"
 
