@@ -1259,13 +1259,11 @@ def evaluate_family(cfg, run, name):
         put("kl", family.divergence(bayes, network).mean((1, 2)))
         blank = untrained(shifted(family.encode(x))).double()
         put("kl_untrained", family.divergence(bayes, blank).mean((1, 2)))
-        put("bayes_loss", loss(bayes).mean((1, 2)))
         put("excess_z", excess_z((loss(network) - loss(bayes)).mean(-1)))
         if name == "bernoulli":
             put("kl_half", family.divergence(bayes, torch.zeros_like(bayes)).mean((1, 2)))
-            for alpha, beta in ((0.5, 0.5), (2.0, 2.0)):
-                wrong = coin(alpha, beta).predictive(beliefs)
-                put(f"kl_beta_{alpha:g}_{beta:g}", family.divergence(bayes, wrong).mean((1, 2)))
+            wrong = coin(0.5, 0.5).predictive(beliefs)
+            put("kl_wrong_prior", family.divergence(bayes, wrong).mean((1, 2)))
             some = torch.stack([bayes, network.log_softmax(-1)])[:, 0, :20, :, 1]
             points = some.exp().flatten(1).tolist()                            # of the first seed
     for which, net in (("", model), ("_untrained", untrained)):
@@ -1353,7 +1351,8 @@ def evaluate_switching(cfg, run):
                     if (key, source) == ("long", "ptw"):
                         row["curve"] = {name: rounded(r[i, :, 1:].cumsum(-1).mean(0))
                                         for name, r in regrets.items()}
-                        row["example"] = {name: rounded(q[i, 0]) for name, q in (
+                        often = batch[2][i].sum(-1) > 3      # to look at: the first that switches
+                        row["example"] = {name: rounded(q[i, often.int().argmax()]) for name, q in (
                             *zip(("x", "theta", "switches"), (part.double() for part in batch)),
                             *predictions.items())}
     return rows
@@ -1476,7 +1475,7 @@ def beside(cfg, per_seed, exact):
     if "bernoulli" in per_seed[0]["families"]:
         coin = lambda key: mean(lambda row: row["families"]["bernoulli"][key])
         notes["predict_kl"] = (f"Bayes 0, with the prior Beta(1/2, 1/2) "
-                               f"{coin('kl_beta_0.5_0.5'):.2e}, always 1/2 {coin('kl_half'):.3f}")
+                               f"{coin('kl_wrong_prior'):.2e}, always 1/2 {coin('kl_half'):.3f}")
     if exact:
         gaps = ", ".join(f"{name} {exact['optimal'] - exact[name]:.3f}"
                          for name in ("greedy", "Thompson", "random"))
@@ -1510,10 +1509,12 @@ def plot(summary, path):
         panels += [plot_learning] + [plot_calibration] * bool(summary["points"][0])
         panels += [plot_structure]
     panels += [plot_bandits] * bool(summary["exact"])
-    panels += [plot_sequence, plot_regret] * ("matrix" in rows[0])
-    height = math.ceil(len(panels) / 3)
-    figure, axes = plt.subplots(height, 3, layout="constrained", squeeze=False,
-                                figsize=(16, 4.5 * height))
+    if "matrix" in rows[0]:
+        several = "," in summary["config"]["models"]
+        panels += [plot_sequence, plot_models if several else plot_regret]
+    width, height = min(3, len(panels)), math.ceil(len(panels) / 3)
+    figure, axes = plt.subplots(height, width, layout="constrained", squeeze=False,
+                                figsize=(16 * width / 3, 4.5 * height))
     for letter, axis, panel in zip("abcdef", axes.flat, panels):
         axis.set_title(f"({letter}) {panel(axis, summary, rows)}")
     for axis in axes.flat[len(panels):]:
@@ -1538,7 +1539,7 @@ def plot_learning(axis, summary, rows):
         plot_lines(axis, history[0, :, 0], history[:, :, 1], colour, name)
     coin = rows[0]["families"].get("bernoulli", {})
     for key, text in (("kl_half", "coin: always 1/2"),
-                      ("kl_beta_0.5_0.5", "coin: Bayes, but with the prior Beta(½, ½)")):
+                      ("kl_wrong_prior", "coin: Bayes, but with the prior Beta(½, ½)")):
         if key in coin:
             value = np.mean([row["families"]["bernoulli"][key] for row in rows])
             axis.axhline(value, color=GREY, ls=":")
@@ -1634,6 +1635,25 @@ def plot_regret(axis, summary, rows):
     axis.set_ylim(0, 1.3 * np.mean([curve["KT"][-1] for curve in curves]) / 2)
     axis.legend(loc="upper left")
     return "Regret on `ptw`, up to four times the length"
+
+
+def plot_models(axis, summary, rows):
+    """Each architecture's regret over exact Bayes', at the training length and at 4 T -> title."""
+    models, T = chosen(summary["config"]["models"]), summary["config"]["switch_length"]
+    sources = [name for name in chosen(summary["config"]["sources"]) if name in ("ptw", "lin")]
+    for source, colour in zip(sources, (BLUE, ORANGE)):
+        for key, marker, shift, length in (("matrix", "o", -0.1, T), ("long", "^", 0.1, 4 * T)):
+            ratio = np.array([[row[key][source][f"{model}<-{source}"]
+                               / row[key][source][source.upper()]
+                               for model in models] for row in rows])          # (seeds, models)
+            place = np.arange(len(models)) + shift + 0.05 * sources.index(source)
+            axis.plot(place, ratio.T, "_", color=colour, ms=7)
+            axis.plot(place, ratio.mean(0), marker, color=colour, label=f"{source}, T = {length}")
+    axis.axhline(1, color=GREEN, label="exact Bayes")
+    axis.set_xticks(range(len(models)), [name.replace("_", "\n") for name in models])
+    axis.set(yscale="log", ylabel="regret / exact Bayes' regret")
+    axis.legend(loc="upper left")
+    return "Architectures, trained at one length, tested at four times it"
 
 
 # ---- 8. RUN ------------------------------------------------------------------------------------

@@ -844,7 +844,7 @@ def reference_curves(tests, validation):
 
 def measure_speed(cfg, data, run):
     """Rates and ratios of the learner of this configuration and of the paper's shapes."""
-    device, rates, size = run.device, {}, 64 if run.device.type == "cpu" else 512
+    device, rates, size = run.device, {}, 32 if run.device.type == "cpu" else 512
     noise = Dataset(torch.randn(2000, 784, device=device), data.y.new_zeros(2000), 10)
     for name, source, shape in (
             ("this_run", data, (cfg.batch, cfg.length, cfg.d_model, cfg.layers, cfg.heads)),
