@@ -1650,10 +1650,13 @@ def plot_models(axis, summary, rows):
             axis.plot(place, ratio.T, "_", color=colour, ms=7)
             axis.plot(place, ratio.mean(0), marker, color=colour, label=f"{source}, T = {length}")
     axis.axhline(1, color=GREEN, label="exact Bayes")
-    axis.set_xticks(range(len(models)), [name.replace("_", "\n") for name in models])
+    axis.set_xticks(range(len(models)), [name.replace("_", "\n").replace("former", "f.")
+                                         for name in models])
     axis.set(yscale="log", ylabel="regret / exact Bayes' regret")
+    axis.set_yticks([1, 1.5, 2, 3, 4], "1 1.5 2 3 4".split())
+    axis.minorticks_off()
     axis.legend(loc="upper left")
-    return "Architectures, trained at one length, tested at four times it"
+    return f"Trained at T = {T}, tested at {T} and {4 * T}"
 
 
 # ---- 8. RUN ------------------------------------------------------------------------------------
