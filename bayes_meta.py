@@ -47,17 +47,19 @@ SYMBOLS
   regret, sum_t KL(theta_t || q_t) a sequence, above 0 even for Bayes. Bandits: return lost.
 
 RESULT
-  quick, means of 5 seeds (0-4) with 95 % t intervals, 2 CPU cores (AMD EPYC), 3.9 min a seed:
+  quick, means of 5 seeds (0-4) with 95 % t intervals, 2 CPU cores (AMD EPYC), 2.8 min a seed:
     KL to Bayes a symbol, coin, T = 20     4.6e-5 [3.9e-5, 5.3e-5]   with a wrong prior 5.1e-3
       die 1.4e-4, Gaussian 2.6e-4, exponential 5.9e-4
     D_s network -> Bayes 9e-4 (untrained 0.055), Bayes -> network 0.092 (untrained 0.221)
-    bandits: return below optimal  sampled 0.065 [0.059, 0.071]      myopic greedy 0.066
-                                   arg max 0.028 [0.018, 0.038]
+    bandits: return below optimal  sampled 0.066 [0.061, 0.072]      myopic greedy 0.066
+                                   arg max 0.030 [0.019, 0.042]
     Thompson sampler's return      11.91 [11.90, 11.92]              exact 11.93, optimal 12.43
     LIN network's regret, T = 64   1.002 times exact LIN's
     PTW network, way from KT to exact PTW  0.839 [0.832, 0.846]
     on `regular`, unseen: PTW network 0.227 [0.189, 0.266] nats below the best exact predictor
   No network is below exact Bayes on its own source (lowest: -0.9 standard errors, paired).
+  Architectures (3 seeds): with sinusoidal positions a transformer counts, and is within 3.2 % of
+    PTW at T = 64; at T = 256 its regret is 4.2 times PTW's, the LSTM's 1.34, ALiBi's 1.41.
   paper preset (one GPU): not run yet.
 DIFFERS
   1. The papers' bodies could not be read again for this program. Tasks, networks and training
