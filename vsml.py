@@ -10,30 +10,33 @@ meta-learning from scratch, but nothing of the cloning.
 
 IDEA
   A network has weights, and a rule made by hand, backpropagation, that changes them. Here every
-  weight w_ab becomes a tiny LSTM, with a state of its own and with the same parameters as all the
-  others. It hears from its input neuron a and, backwards, from its output neuron b; it changes its
-  state and answers both. Running this grid forward *is* learning: there is no gradient and no
-  update inside a lifetime. 2,384 shared numbers are the learning algorithm; the states, hundreds
-  of thousands, are what it learns. A plain meta-RNN has it the other way round, N^2 parameters for
-  N state numbers, and memorises its data; shared parameters cannot, so they transfer to other data
-  sets, image sizes and numbers of classes. And they can be trained to be backpropagation.
+  weight w_io becomes a tiny LSTM, with a state of its own and with the same parameters as all the
+  others. It hears from its input neuron i and, backwards, from its output neuron o; it changes its
+  state and answers. Running this grid forward *is* learning: there is no gradient and no update
+  inside a lifetime. Some 2,000 shared numbers are the learning algorithm; the states, a quarter of
+  a million for an image of 28 x 28 pixels and ten classes, are what it learns. A plain meta-RNN has
+  it the other way round, of the order of N^2 parameters for N state numbers, and memorises its data
+  set; shared parameters have little room for that, and carry over to other data sets, image sizes
+  and numbers of classes. They can also be trained to imitate backpropagation, nearly exactly.
 
 ALGORITHM
-  one tick of the LSTM at synapse (a, b) of a layer with A inputs and B outputs   (Eq. 7 of paper)
-    i, g, f, o = [m_a, m_b, h_ab] W_g + b_g
-    c_ab <- sigmoid(f + 5) c_ab + sigmoid(i - 5) tanh(g)
-    h_ab <- sigmoid(o) tanh(c_ab)
-    up   m'_b = mean_a (h_ab U + u)         down   m'_a = mean_b (h_ab U' + u')
+  one tick of the LSTM between input i and output o of a layer              (Eq. 7 of the paper)
+    in, g, f, out = [m_i, m_o, h_io] W_g + b_g
+    c_io <- sigmoid(f + 5) c_io + sigmoid(in - 5) tanh(g)
+    h_io <- sigmoid(out) tanh(c_io)
+    up   m'_o = mean_i (h_io U_up + u_up)       down   m'_i = mean_o (h_io U_down + u_down)
   a lifetime: for each example (x, y)                                       the inner loop
-    m_a = (x_a, 0, ..) at the bottom;  logit_b = first number of m'_b at the top
-    e = softmax(logits) - onehot(y);   m_b = (e_b, 0, ..) at the top
-      mode A   with the next example, on its way up
-      mode B   at once, in a second sweep from top to bottom
+    m_i = (x_i, 0, ..) at the bottom;  logit_o = first number of m'_o at the top
+    e = softmax(logits) - onehot(y);   m_o = (e_o, 0, ..) at the top
+      mode A   together with the next example, on its way up
+      mode B   in a sweep of its own, from top to bottom, before the next example
   meta-training, repeat                                                     the outer loop
     live B lifetimes; L(V_M) = mean cross-entropy of all predictions
-    V_M <- Adam(V_M, gradient of L):   back through the whole lifetimes, or by evolution strategies,
-      g = 1/P sum_p (L(V_M + sigma eps_p) - L(V_M - sigma eps_p)) / (2 sigma^2) sigma eps_p
-  cloning: V_M <- Adam so that one visit of a synapse does what backpropagation does, see section 4
+    V_M <- Adam(V_M, gradient of L), through the whole lifetimes or by evolution strategies:
+      g = 1/P sum_p (L(V_M + sigma eps_p) - L(V_M - sigma eps_p)) / (2 sigma) eps_p
+  cloning: V_M <- Adam so that a visit of a synapse does what backpropagation does, see section 4
+  With one layer, as in quick, a message is a single number, x_i or e_o, and nothing is sent down:
+  only 1,233 of the 2,384 parameters matter. A hidden layer (--hidden, and in the clone) uses all.
 
 SYMBOLS
   symbol     in the code      shape              meaning
@@ -42,12 +45,17 @@ SYMBOLS
   D          side^2                              inputs of an example
   I, O       (the paper's A, B)                  inputs and outputs of one layer of the grid
   N, M       state_size, message_size            size of the tiny LSTM, of a message
-  V_M        params           {name: (S, ..)}    shared parameters: the learning algorithm
+  V_M        params           {name: (S, ..)}    shared parameters: the learning algorithm,
+             W_below, W_above, W_state           rows of W_g (2 M + N, 4 N) for m_i, m_o and h
+             bias, U_up, u_up, U_down, u_down    b_g (4 N), and the two heads, (N, M) and (M)
   V_L        Layer.h, .c      (S, N, B, O, I)    states: what is learned in a lifetime
-  m_a, m_b   below, above     (S, M, B, I|O)     messages that enter a layer from below, from above
+  m_i, m_o   below, above     (S, M, B, I|O)     messages that enter a layer from below, from above
   e, l       error, label     (S, B, C)          softmax(logits) - onehot, onehot
+  P, sigma   batch, sigma                        pairs of ES, deviation of their perturbations eps
+  E          eval_lifetimes   x (S, E, T, D)     lifetimes of a meta-test
   alpha      alpha                               learning rate of the cloned backpropagation
-  "Cumulative" accuracy is the mean over all predictions of a lifetime, from the first on.
+  A visit is a number of ticks of one layer with its incoming messages held fixed. "Cumulative"
+  accuracy is the mean over all predictions of a lifetime, from the first on.
 
 RESULT
   To come with the published run.
@@ -56,7 +64,8 @@ DIFFERS
      mode B with one tick and back-propagation through time. The paper's own setting, mode A with
      two ticks, is trained beside it, and by evolution strategies at 4 x 4, as the paper does.
   2. The paper writes sums over a neuron's synapses, its code takes means. Means here, which do not
-     depend on the size of the image; sums for the clone, as backpropagation has sums.
+     depend on the size of the image; sums for the clone, as backpropagation has sums. What is
+     cloned has tanh units, on the pixels too, and a bias at every synapse.
   3. The output is the first number of the message ([code]: the second), so that in the clone, whose
      messages are one number, layers connect. In mode B, messages from above are forgotten before a
      forward sweep ([code] keeps those of hidden layers).
@@ -125,18 +134,18 @@ class Config:
     mode: str = "B"                  # A: errors come one example late [code: A]; B: a reverse sweep
     ticks: int = 1                   # of the LSTMs at each visit [code: 2]
     state_size: int = 16             # size of the tiny LSTM, N [code]
-    message_size: int = 8            # numbers in a message, M [code]
+    message_size: int = 8            # numbers in a message, M [code]; one layer uses only the first
     hidden: int = 0                  # neurons of a hidden layer; 0: one layer
     feed_label: bool = False         # send the label back beside the error
     reduce: str = "mean"             # of the messages at a neuron: mean [code] or sum [paper]
     optimizer: str = "bptt"          # of the meta variables: bptt or es [code: es]
     steps: int = 400                 # meta-steps
     learning_rate: float = 0.03      # of Adam [code: 0.025 with ES, 1e-3 with BPTT]
-    decay: bool = True               # let it fall linearly in the second half, to a twentieth
+    decay: bool = True               # let all rates fall linearly in the second half, to 1/20
     clip: float = 1.0                # bound on the gradient norm of BPTT [code: 25]
     sigma: float = 0.05              # deviation of the perturbations of ES [code]
     chunk: int = 0                   # ES: pairs at once, to bound the memory; 0: all
-    segment: int = 0                 # BPTT: keep the state of every so many examples; 0: of all
+    segment: int = 0                 # BPTT: checkpoint the gradient every so many examples; 0: no
     other_mode: bool = True          # meta-train in the other mode, too
     es_steps: int = 1500             # meta-steps of a small demonstration of ES in Mode A; 0: none
     baseline_steps: int = 400        # meta-steps of Meta RNN and Hebbian fast weights; 0: none
@@ -150,7 +159,7 @@ class Config:
     measure_speed: bool = True       # time the cells at the end (30 s)
     seed: int = 0                    # first seed
     num_seeds: int = 1               # seeds trained side by side: seed, seed + 1, ...
-    log_every: int = 10              # steps between lines of the log
+    log_every: int = 10              # steps between lines of the log, at most 100 lines a stage
     save_every: int = 200            # steps between checkpoints
 
     def __post_init__(self):
@@ -171,6 +180,8 @@ class Config:
                                  f"not {getattr(self, option)!r}")
         if self.dataset == "sum" and self.classes != 2:
             raise ValueError(f"--dataset sum has two classes: --classes 2, not {self.classes}")
+        if self.optimizer == "es" and self.chunk and self.batch % self.chunk:
+            raise ValueError(f"--chunk {self.chunk} must divide --batch {self.batch}")
         for name in filter(None, self.test.split(",")):
             if name not in OFFICIAL:
                 raise ValueError(f"no data set {name!r} to test on: {', '.join(OFFICIAL)}")
@@ -193,9 +204,11 @@ PRESETS = {
 
 
 def stream(seed, purpose, device):
-    """Random generator of one seed for one purpose: 0-9 training, 10-39 tests, 40-49 weights.
+    """Random generator of one seed for one purpose.
 
-    The number is small, because torch's CPU generator keeps only 32 bits of it.
+    0-6 training of each stage, 9 its prototypes, 10-21 tests, 22-24 tests of the clone, 30-32 first
+    states in tests, 40-46 weights of each stage. The numbers are small, because torch's CPU
+    generator keeps only 32 bits.
     """
     return torch.Generator(device).manual_seed(64 * seed + purpose)
 
@@ -324,8 +337,7 @@ def fetch(name, file, path):
 def load_images(name, split, cfg, side):
     """One split, "train" or "t10k", of official files -> images (N, side^2), labels (N,).
 
-    Normalised as in [code]; resized by bilinear interpolation. Classes from --classes on are left
-    out of meta-training.
+    Normalised as in [code]; resized by bilinear interpolation.
     """
     mean, deviation = OFFICIAL[name][:2]
     paths = [pathlib.Path(cfg.data_dir) / name / file for file in FILES if file.startswith(split)]
@@ -347,7 +359,7 @@ def load_images(name, split, cfg, side):
 
 
 # ---- 3. MODEL ----------------------------------------------------------------------------------
-# A grid of tiny LSTMs, one at every synapse (input a, output b), all with the same parameters. The
+# A grid of tiny LSTMs, one at every synapse (input i, output o), all with the same parameters. The
 # cells are the last axes of every tensor, (S, N, B, O, I): then the four gates are contiguous
 # blocks, and the cells of a seed are the columns of one matrix product.
 
@@ -355,7 +367,7 @@ def load_images(name, split, cfg, side):
 class Layer(NamedTuple):
     """State of one layer of the grid: what is learned in a lifetime, the paper's V_L."""
     h: torch.Tensor                  # (S, N, B, O, I) of the tiny LSTMs
-    c: torch.Tensor                  # (S, N, B, O, I), float32 always: it moves in tiny steps
+    c: torch.Tensor                  # (S, N, B, O, I); moves in steps too small for bfloat16
     below: torch.Tensor = None       # (S, M, B, I) last messages from below; None: not visited yet
     above: torch.Tensor = None       # (S, M, B, O) last messages from the layer above
 
@@ -374,7 +386,7 @@ def init_params(cfg, generators):
 
 def state_noise(cfg, sizes, B, generators):
     """The random part of a first state: a list of (S, N/2, B, O, I), one a layer, for `sizes` =
-    (D, .., C). It makes the inputs differ, which share everything else."""
+    (D, .., C). It breaks the symmetry between cells that share their parameters."""
     return [truncated_normal(generators, cfg.state_size // 2, B, O, I) / math.sqrt(I)
             for I, O in zip(sizes, sizes[1:])]
 
@@ -390,6 +402,24 @@ def grid_sizes(cfg, D, C):
     return (D, cfg.hidden, C) if cfg.hidden else (D, C)
 
 
+def naive_tick(params, h, c, below, above):
+    """One tick as it stands in the paper, synapse by synapse. Not used in runs: `visit` and
+    `message` below do the same with half the arithmetic and several times faster.
+
+    h, c (S, B, I, O, N), below (S, B, I, M), above (S, B, O, M) -> h, c, up (S, B, O, M), down
+    """
+    W = torch.cat([params["W_below"], params["W_above"], params["W_state"]], 1)
+    rows = lambda v, weight, bias: (v.flatten(1, 3) @ weight + bias[:, None]).unflatten(
+        1, h.shape[1:4])                                     # a linear layer at every synapse
+    grid = lambda m: m.expand(*h.shape[:4], -1)
+    z = torch.cat([grid(below[:, :, :, None]), grid(above[:, :, None]), h], -1)
+    i, g, f, o = rows(z, W, params["bias"]).chunk(4, -1)
+    c = torch.sigmoid(f + 5) * c + torch.sigmoid(i - 5) * torch.tanh(g)
+    h = torch.sigmoid(o) * torch.tanh(c)
+    head = lambda which: rows(h, params["U_" + which], params["u_" + which])
+    return h, c, head("up").mean(2), head("down").mean(3)
+
+
 @functools.cache
 def gate_constants(N, device):
     """-> factors and offsets (4N,) of the gates i, g, f, o. The offsets of [code], f + 5 and i - 5,
@@ -402,7 +432,7 @@ def visit(params, layer, below, above, cfg):
     """Some ticks of a layer's LSTMs with the messages held fixed -> `Layer`.
 
     below (S, m, B, I), above (S, m, B, O) or None: the first m of the M message numbers; those left
-    out are zero.   [m_a, m_b, h_ab] W_g = m_a W_below + m_b W_above + h_ab W_state: only the last
+    out are zero.   [m_i, m_o, h_io] W_g = m_i W_below + m_o W_above + h_io W_state: only the last
     product is needed for every synapse. tanh(z) is computed as 2 sigmoid(2 z) - 1: one call of
     sigmoid, several times faster than tanh on CPU, then serves all four gates.
     """
@@ -427,30 +457,13 @@ def visit(params, layer, below, above, cfg):
 
 def message(params, which, h, cfg):
     """Messages of a layer, h (S, N, B, O, I): "up", over its inputs, (S, M, B, O); "down", over its
-    outputs, (S, M, B, I). mean_a(h U + u) = mean_a(h) U + u: one product a neuron, not a synapse.
+    outputs, (S, M, B, I). mean_i(h U + u) = mean_i(h) U + u: one product a neuron, not a synapse.
     """
     dim = -1 if which == "up" else -2
     pooled = h.mean(dim) if cfg.reduce == "mean" else h.sum(dim)
     copies = 1 if cfg.reduce == "mean" else h.shape[dim]
     out = params["U_" + which].mT @ pooled.flatten(2) + copies * params["u_" + which][..., None]
     return out.unflatten(2, pooled.shape[2:])
-
-
-def naive_tick(params, h, c, below, above):
-    """One tick as it stands in the paper, synapse by synapse: what `visit`, `message` must equal.
-
-    h, c (S, B, I, O, N), below (S, B, I, M), above (S, B, O, M) -> h, c, up (S, B, O, M), down
-    """
-    W = torch.cat([params["W_below"], params["W_above"], params["W_state"]], 1)
-    rows = lambda v, weight, bias: (v.flatten(1, 3) @ weight + bias[:, None]).unflatten(
-        1, h.shape[1:4])                                     # a linear layer at every synapse
-    grid = lambda m: m.expand(*h.shape[:4], -1)
-    z = torch.cat([grid(below[:, :, :, None]), grid(above[:, :, None]), h], -1)
-    i, g, f, o = rows(z, W, params["bias"]).chunk(4, -1)
-    c = torch.sigmoid(f + 5) * c + torch.sigmoid(i - 5) * torch.tanh(g)
-    h = torch.sigmoid(o) * torch.tanh(c)
-    head = lambda which: rows(h, params["U_" + which], params["u_" + which])
-    return h, c, head("up").mean(2), head("down").mean(3)
 
 
 def bounded(logits):
@@ -537,8 +550,8 @@ def vsml_step(params, state, x, error, label, cfg):
     -> logits (S, B, C), next state
 
     Mode A  the error enters at the top while x enters below: each cell must remember the input
-            that the error belongs to. Messages take one step a layer downwards.
-    Mode B  first a reverse sweep, top to bottom, with the inputs of the example before, each
+            that the error belongs to. Downwards, an error takes one more example for each layer.
+    Mode B  first the reverse sweep of the example before, top to bottom, with its inputs, each
             layer hearing the layer above at once; then a forward sweep without any error.
     """
     state, last = list(state), len(state) - 1
@@ -548,7 +561,7 @@ def vsml_step(params, state, x, error, label, cfg):
         for k in reversed(range(len(state))):
             state[k] = visit(params, state[k], state[k].below, down, cfg)
             down = message(params, "down", state[k].h, cfg) if k else None
-    up = x[:, None]                                          # (S, 1, B, D): m_a = (x_a, 0, ..)
+    up = x[:, None]                                          # (S, 1, B, D): m_i = (x_i, 0, ..)
     for k in range(len(state)):
         above = None if cfg.mode == "B" else top if k == last else state[k].above
         state[k] = visit(params, state[k], up, above, cfg)
@@ -575,12 +588,13 @@ def vsml_lifetime(params, x, y, state, cfg, step=vsml_step):
             error, label = logits.softmax(-1) - targets[:, :, t], targets[:, :, t]
             outputs.append(logits)
         return torch.stack(outputs, 2), state, error, label
-    error, outputs = torch.zeros_like(targets[:, :, 0]), []
-    label, length = error, cfg.segment or x.shape[2]
-    for xs, ts in zip(x.split(length, 2), targets.split(length, 2)):
-        again = functools.partial(checkpoint, live, use_reentrant=False)
-        run = again if cfg.segment and torch.is_grad_enabled() else live
-        logits, state, error, label = run(params, state, error, label, xs, ts)
+    error = label = torch.zeros_like(targets[:, :, 0])
+    if not (cfg.segment and torch.is_grad_enabled()):
+        return live(params, state, error, label, x, targets)[0]
+    outputs = []
+    for part in zip(x.split(cfg.segment, 2), targets.split(cfg.segment, 2)):
+        logits, state, error, label = checkpoint(live, params, state, error, label, *part,
+                                                 use_reentrant=False)
         outputs.append(logits)
     return torch.cat(outputs, 2)
 
@@ -601,14 +615,15 @@ def bptt_gradient(loss_function, params):
 def es_gradient(loss_function, params, noise, sigma=0.05):
     """Antithetic evolution strategies, Algorithm 1 -> gradient {name: (S, ...)}, losses (S,).
 
-    noise {name: (S, P, ...)} of P pairs;  loss_function({name: (S 2 P, ...)}) -> losses (S 2 P,),
-    the two members of a pair P apart. Raw losses: no ranks, no normalisation.
+    noise {name: (S, P, ...)}: eps of P pairs;  loss_function({name: (S*2*P, ...)}) -> losses
+    (S*2*P,) of members, all + sigma eps of a seed before all - sigma eps. Raw losses: no ranks, no
+    normalisation. The losses returned are means over members, not those of `params` itself.
     """
     members = {name: (p[:, None, None] + sigma * torch.stack([noise[name], -noise[name]], 1)
                       ).flatten(0, 2) for name, p in params.items()}
     pairs = next(iter(noise.values())).shape[1]
     losses = loss_function(members).view(-1, 2, pairs)
-    # g = 1/P sum_p (L(V_M + sigma eps_p) - L(V_M - sigma eps_p)) / (2 sigma^2) sigma eps_p
+    # g = 1/P sum_p (L(V_M + sigma eps_p) - L(V_M - sigma eps_p)) / (2 sigma) eps_p
     weight = (losses[:, 0] - losses[:, 1]) / (2 * sigma * pairs)               # (S, P)
     return {name: torch.einsum("sp,sp...->s...", weight, n) for name, n in noise.items()}, \
         losses.mean((1, 2))
@@ -616,9 +631,9 @@ def es_gradient(loss_function, params, noise, sigma=0.05):
 
 # Cloning backpropagation: a synapse's weight and bias are the first two numbers of its c, and a
 # visit must do what one synapse of a network of tanh units does under gradient descent:
-#   forward    y_ab = tanh(x_a) w_ab + b_ab                    summed over a: what enters neuron b
-#   backward   e'_ab = e_b w_ab (1 - tanh(x_a)^2)              summed over b: the error at input a
-#              w_ab <- w_ab - alpha e_b tanh(x_a),  b_ab <- b_ab - alpha e_b
+#   forward    y_io = tanh(x_i) w_io + b_io                    summed over i: what enters neuron o
+#   backward   e'_io = e_o w_io (1 - tanh(x_i)^2)              summed over o: the error at input i
+#              w_io <- w_io - alpha e_o tanh(x_i),  b_io <- b_io - alpha e_o
 
 
 def clone_loss(params, layer, x, error_of, cfg):
@@ -628,27 +643,29 @@ def clone_loss(params, layer, x, error_of, cfg):
     x (S, B, I);  error_of(logits (S, B, O)) -> errors (S, B, O), their mean square (S, B or 1)
     """
     w, b = layer.c[:, :2].detach().unbind(1)                                   # (S, B, O, I)
-    read = lambda which, h: (torch.einsum("snboi,sn->sboi", h, params["U_" + which][..., 0])
-                             + params["u_" + which][:, :, None, None])
+    head = lambda which, h: (torch.einsum("snboi,sn->sboi", h, params["U_" + which][..., 0])
+                             + params["u_" + which][:, 0, None, None, None])
     before = visit(params, layer, x[:, None], None, cfg)
-    y = read("up", before.h)
+    y = head("up", before.h)
     error, power = error_of(y.detach().sum(-1))
     after = visit(params, before, x[:, None], error[:, None], cfg)
     a, e = x.tanh()[:, :, None], error[..., None]                              # (S, B, 1, I), O, 1
+    # The gaps to the four targets, those of the state in units of alpha: else "never change" would
+    # be nearly as good as learning.
     y_gap = y - (a * w + b)
-    e_gap = read("down", after.h) - e * w * (1 - a.square())
-    # Relative to alpha: else "never change" would be nearly as good as learning
-    keep = (before.c[:, :2] - torch.stack([w, b], 1)) / cfg.alpha              # (S, 2, B, O, I)
-    change = (after.c[:, :2] - torch.stack([w - cfg.alpha * e * a, b - cfg.alpha * e.expand_as(b)],
-                                           1)) / cfg.alpha
-    small = (0.5 + 0.125 / (power + 1e-4))[:, None, :, None, None]             # small errors count
-    # Errors of single synapses add up over the inputs; what all classes share does not matter
-    total = y_gap.sum(-1)
-    total = total - total.mean(-1, keepdim=True)
-    mean = lambda gap: gap.flatten(1).mean(1)
-    return (mean(y_gap.square()) + mean(e_gap.square()) + mean(keep.square())
-            + mean(change.square() * small) + 0.2 * mean(total.square())
-            + 10 * keep.mean((2, 3, 4)).square().mean(1)), after
+    e_gap = head("down", after.h) - e * w * (1 - a.square())
+    keep_gap = (before.c[:, :2] - torch.stack([w, b], 1)) / cfg.alpha          # (S, 2, B, O, I)
+    learn_gap = (after.c[:, 0] - w) / cfg.alpha + e * a, (after.c[:, 1] - b) / cfg.alpha + e
+    mean_square = lambda gap: gap.square().flatten(1).mean(1)
+    # How much each matters was tuned on deployed clones. Small errors must count, at the end of a
+    # lifetime all are small. Gaps of single synapses add up over a neuron's inputs (what all
+    # neurons share does not matter), and over visits, if their mean is not zero.
+    weight = (0.5 + 0.125 / (power + 1e-4)).sqrt()[..., None, None]
+    total = y_gap.sum(-1) - y_gap.sum(-1).mean(-1, keepdim=True)               # 0 if O = 1
+    drift = keep_gap.mean((2, 3, 4))                                           # (S, 2)
+    return (mean_square(y_gap) + mean_square(e_gap) + mean_square(keep_gap)
+            + mean_square(weight * learn_gap[0]) / 2 + mean_square(weight * learn_gap[1]) / 2
+            + 0.2 * mean_square(total) + 10 * mean_square(drift)), after
 
 
 def clone_config(cfg):
@@ -757,17 +774,16 @@ def meta_train(cfg, run, stage, order, steps):
 
     def es(step):
         """A lifetime for each pair; both members of a pair live through the same one."""
-        x, y, noise = lifetimes()
-        P = cfg.chunk or x.shape[1]
+        x, y, noise = lifetimes()                                              # (S, P, T, D) ..
         epsilon = {name: run.share(per_seed(torch.randn, generators, cfg.batch, *p.shape[1:]))
-                   for name, p in params.items()}
-        twice = lambda part: part[:, None].expand(S, 2, *part.shape[1:]).flatten(0, 2)
-        results = []
-        for first in range(0, x.shape[1], P):
-            some = slice(first, first + P)
-            own = [twice(n.transpose(1, 2)[:, some]).unsqueeze(2) for n in noise]
-            loss_function = loss_on(twice(x[:, some])[:, None], twice(y[:, some])[:, None], own)
-            results.append(es_gradient(loss_function, params, {
+                   for name, p in params.items()}                              # (S, P, ..)
+        members = lambda part: part[:, None].expand(S, 2, *part.shape[1:]).flatten(0, 2)[:, None]
+        results, chunk = [], cfg.chunk or x.shape[1]
+        for first in range(0, x.shape[1], chunk):
+            some = slice(first, first + chunk)
+            states = [members(n.transpose(1, 2)[:, some]).transpose(1, 2) for n in noise]
+            loss = loss_on(members(x[:, some]), members(y[:, some]), states)   # (S*2*P, 1, T, D) ..
+            results.append(es_gradient(loss, params, {
                 name: n[:, some] for name, n in epsilon.items()}, cfg.sigma))
         mean = lambda parts: torch.stack(parts).mean(0)
         return ({name: mean([g[name] for g, _ in results]) for name in params},
@@ -783,10 +799,10 @@ def meta_train(cfg, run, stage, order, steps):
 def train_baseline(cfg, run, stage, order, model, rate):
     """Meta-train a baseline with the same outer loop and data -> the model."""
     data, generators = training_data(cfg, run), [stream(s, order, run.device) for s in run.seeds]
-    params = dict(model.named_parameters())
+    params, batch = dict(model.named_parameters()), min(cfg.batch, 16)         # memory
 
     def gradient(step):
-        x, y = sample_lifetimes(cfg, data, generators, cfg.batch, cfg.length)
+        x, y = sample_lifetimes(cfg, data, generators, batch, cfg.length)
         x, y = run.share(project(x, generators, cfg.projected)), run.share(y)
         return bptt_gradient(lambda params: lifetime_loss(model(x, y), y), params)
     train(cfg, run, stage, params, gradient, cfg.baseline_steps, rate, {"generators": generators},
@@ -862,6 +878,15 @@ def clone(cfg, run):
 
 SGD_RATES, ADAM_RATES = (0.003, 0.01, 0.03, 0.1, 0.3), (0.001, 0.003, 0.01, 0.03)
 PAPER_RATES = {"SGD": 0.01, "Adam": 0.001}                   # [code]
+
+
+CLONES = {"36-5": "", "25-4": "_25_4", "36-32-5": "_deep"}   # networks cloned, and their metrics
+MADE_TESTS = ("seen", "new", "shuffled", "projected", "10 classes", "3 classes", "random", "sum")
+
+
+def real_tests(row):
+    """Names of the meta-tests on image files."""
+    return [test for test in row["tests"] if test not in MADE_TESTS]
 
 
 def online_sgd(x, y, C, lr=0.01):
@@ -990,21 +1015,21 @@ def evaluate_clone(cfg, run, params):
         E, sizes = cfg.eval_lifetimes, grid_sizes(replace(cfg, hidden=hidden), side**2, C)
         prototypes = fields_dataset(generators, E, C, side)
         x, y = sample_fields(prototypes, generators, E, cfg.eval_length, cfg.noise)
-        weights = [(hidden // 32 * n[:, 0], torch.zeros_like(n[:, 0]))
-                   for n in state_noise(cfg, sizes, E, generators)]
+        first = [n[:, 0] for n in state_noise(cfg, sizes, E, generators)]     # (S, E, O, I) each
+        weights = [(w if hidden else 0 * w, 0 * w) for w in first]
         cloned, true = deploy_clone(params, x, y, weights, cfg), backpropagation(
             x, y, weights, cfg.alpha)
         half = cfg.eval_length // 2
         same = (cloned.argmax(-1) == true.argmax(-1))[:, :, half:].float().mean((1, 2)).tolist()
         second = lambda logits: (logits.argmax(-1) == y)[:, :, half:].float().mean((1, 2)).tolist()
-        results[name] = [{"clone": a, "true": b, "clone_late": c, "true_late": d, "agreement": e}
+        results[name] = [{"clone": a, "true": b, "clone_half": c, "true_half": d, "agreement": e}
                          for a, b, c, d, e in zip(summarise(cloned, y), summarise(true, y),
                                                   second(cloned), second(true), same)]
     return results
 
 
 def measure_speed(run):
-    """Cell ticks a second at A = 784, B = 10, two ticks; the factored form against the naive."""
+    """Cell ticks a second at I = 784, O = 10, two ticks; the factored form against the naive."""
     cfg, device, T = Config(mode="A", ticks=2), run.device, 50
     params = init_params(cfg, [stream(0, 40, device)])
     copies = 1 if device.type == "cpu" else 128
@@ -1081,7 +1106,7 @@ def check_memory(cfg, run):
 
 def experiment(cfg, run):
     """Meta-train, clone, meta-test -> {"per_seed": a dictionary a seed with "headline" numbers,
-    "beside": notes for the closing table}."""
+    "beside": notes for the closing table, "classes": of each meta-test}."""
     check_memory(cfg, run)
     data = training_data(cfg, run)
     with run.clock("evaluation"):
@@ -1123,73 +1148,65 @@ def experiment(cfg, run):
                 row["history"].setdefault(r["stage"], []).append(
                     [r["step"], float(f"{r['loss']:.4g}"), float(f"{r['gradient_norm']:.3g}")])
         per_seed.append({**row, "headline": headline(cfg, row)})
-    return {"per_seed": per_seed, "beside": beside(cfg, per_seed)}
+    classes = {test: C for test, (_, _, C) in tests.items()}
+    return {"per_seed": per_seed, "beside": beside(cfg, per_seed, classes), "classes": classes}
+
+
+def cells(cfg, row):
+    """{headline metric: (meta-test, learner, number) that it is}, as far as they were run."""
+    own, other = f"VSML {cfg.mode}", f"VSML {'A' if cfg.mode == 'B' else 'B'}"
+    table = {"unseen_5class_cumulative": ("new", own, "cumulative"),
+             "unseen_10class_cumulative": ("10 classes", own, "cumulative")}
+    for test in ("projected", "3 classes", "random", "sum"):
+        table[f"{test}_cumulative"] = test, own, "cumulative"
+    for test in real_tests(row):
+        table |= {f"{test}_{key}": (test, own, key) for key in ("cumulative", "first20", "late")}
+    for rule, name in (("Meta RNN", "meta_rnn"), ("Hebbian", "hebbian")):
+        table |= {f"{name}_seen": ("seen", rule, "cumulative"),
+                  f"{name}_unseen": ("new", rule, "cumulative")}
+    for rule, name in ((other, "other_mode"), ("VSML A, ES", "es")):
+        table |= {f"{name}_unseen_5class_cumulative": ("new", rule, "cumulative"),
+                  f"{name}_unseen_10class_cumulative": ("10 classes", rule, "cumulative")}
+    return {metric.replace(" ", "_"): cell for metric, cell in table.items()
+            if cell[1] in row["tests"][cell[0]]}
 
 
 def headline(cfg, row):
     """The numbers of one seed that the closing table and the README show."""
     own, tests, history = f"VSML {cfg.mode}", row["tests"], row["history"]
-    final = lambda stage: statistics.fmean(
-        loss for step, loss, _ in history[stage] if step > history[stage][-1][0] - 20)
-    numbers = {"meta_loss_final": final(own)}
-    for test, key in (("new", "unseen_5class"), ("10 classes", "unseen_10class")):
-        numbers[f"{key}_cumulative"] = tests[test][own]["cumulative"]
-    hand = lambda key: max(tests["10 classes"][rule][key] for rule in ("SGD", "Adam"))
+    numbers = {}
+    for stage, key in ((own, ""), ("VSML A" if cfg.mode == "B" else "VSML B", "other_mode_"),
+                       ("VSML A, ES", "es_")):
+        if stage in history:
+            numbers[f"{key}meta_loss_final"] = statistics.fmean(
+                loss for step, loss, _ in history[stage] if step > history[stage][-1][0] - 20)
+    numbers |= {metric: tests[test][rule][key]
+                for metric, (test, rule, key) in cells(cfg, row).items()}
     for key in ("first20", "late", "cumulative"):
-        numbers[f"{key}_minus_best_sgd"] = tests["10 classes"][own][key] - hand(key)
+        numbers[f"{key}_minus_best_sgd"] = tests["10 classes"][own][key] - max(
+            tests["10 classes"][rule][key] for rule in ("SGD", "Adam"))
     numbers["pixel_shuffle_change"] = abs(
         tests["shuffled"][own]["cumulative"] - tests["new"][own]["cumulative"])
-    for test in ("projected", "3 classes", "random", "sum"):
-        numbers[f"{test.replace(' ', '_')}_cumulative"] = tests[test][own]["cumulative"]
-    for rule, key in (("Meta RNN", "meta_rnn"), ("Hebbian", "hebbian")):
-        if rule in tests["seen"]:
-            numbers[f"{key}_seen"] = tests["seen"][rule]["cumulative"]
-        if rule in tests["new"]:
-            numbers[f"{key}_unseen"] = tests["new"][rule]["cumulative"]
-    for rule, key in ((f"VSML {'A' if cfg.mode == 'B' else 'B'}", "other_mode"),
-                      ("VSML A, ES", "es")):
-        if rule in history:
-            numbers[f"{key}_meta_loss_final"] = final(rule)
-            for test in ("new", "10 classes"):
-                numbers[f"{key}_{test.replace(' ', '_')}_cumulative"] = (
-                    tests[test][rule]["cumulative"])
-    for network, tail in (("36-5", ""), ("25-4", "_25_4"), ("36-32-5", "_deep")):
-        if network in row["clone"]:
-            clone = row["clone"][network]
-            numbers[f"clone{tail}_minus_backprop"] = clone["clone_late"] - clone["true_late"]
-            numbers[f"clone{tail}_agreement"] = clone["agreement"]
-    for test in list(tests)[8:]:                             # real data
-        for key in ("cumulative", "first20", "late"):
-            numbers[f"{test.replace(' ', '_')}_{key}"] = tests[test][own][key]
+    for network, clone in row["clone"].items():
+        tail = CLONES[network]
+        numbers[f"clone{tail}_minus_backprop"] = clone["clone_half"] - clone["true_half"]
+        numbers[f"clone{tail}_agreement"] = clone["agreement"]
     return numbers
 
 
-def beside(cfg, per_seed):
-    """{headline metric: what the closing table says beside it}."""
-    mean = lambda test, rule, key: statistics.fmean(
-        row["tests"][test][rule][key] for row in per_seed)
-    against = lambda test, key, C: f"chance {1 / C:.2f}, " + ", ".join(
-        f"{rule} {mean(test, rule, key):.3f}" for rule in per_seed[0]["tests"][test]
-        if rule != f"VSML {cfg.mode}")
-    C = cfg.classes if cfg.dataset == "fields" else 5
+def beside(cfg, per_seed, classes):
+    """{headline metric: what the closing table says beside it}; classes {test: number}."""
     notes = {"meta_loss_final": f"ln {cfg.classes} = {math.log(cfg.classes):.3f} at first",
-             "unseen_5class_cumulative": against("new", "cumulative", C),
-             "unseen_10class_cumulative": against("10 classes", "cumulative", 10),
-             "projected_cumulative": against("projected", "cumulative", C),
-             "3_classes_cumulative": against("3 classes", "cumulative", 3),
-             "random_cumulative": against("random", "cumulative", 10),
-             "sum_cumulative": against("sum", "cumulative", 2),
+             "es_meta_loss_final": "of its perturbed members; ln 3 = 1.099 at first",
              "first20_minus_best_sgd": "10 classes; the best rate of SGD and Adam, chosen here",
-             "late_minus_best_sgd": "the same, last quarter",
-             "meta_rnn_unseen": f"chance {1 / C:.2f}", "hebbian_unseen": f"chance {1 / C:.2f}",
-             "es_meta_loss_final": "ln 3 = 1.099 at first"}
-    for network, tail in (("36-5", ""), ("25-4", "_25_4"), ("36-32-5", "_deep")):
-        if per_seed[0]["clone"]:
-            true = statistics.fmean(row["clone"][network]["true_late"] for row in per_seed)
-            notes[f"clone{tail}_minus_backprop"] = f"true backpropagation {true:.3f}"
-    for test in list(per_seed[0]["tests"])[8:]:
-        for key in ("cumulative", "first20", "late"):
-            notes[f"{test.replace(' ', '_')}_{key}"] = against(test, key, 10)
+             "late_minus_best_sgd": "the same, last quarter"}
+    for metric, (test, own, key) in cells(cfg, per_seed[0]).items():
+        mean = lambda rule: statistics.fmean(row["tests"][test][rule][key] for row in per_seed)
+        notes[metric] = ", ".join([f"chance {1 / classes[test]:.2f}"] + [
+            f"{rule} {mean(rule):.3f}" for rule in per_seed[0]["tests"][test] if rule != own])
+    for network in per_seed[0]["clone"]:
+        true = statistics.fmean(row["clone"][network]["true_half"] for row in per_seed)
+        notes[f"clone{CLONES[network]}_minus_backprop"] = f"true backpropagation {true:.3f}"
     return notes
 
 
@@ -1208,11 +1225,11 @@ def plot(summary, path):
     from matplotlib import pyplot as plt
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
                          "legend.fontsize": 8})
-    cfg, rows = summary["config"], summary["per_seed"]
+    cfg, rows = {**summary["config"], "test_classes": summary["classes"]}, summary["per_seed"]
     panels = [plot_meta, functools.partial(plot_online, test="seen"),
               functools.partial(plot_online, test="10 classes"), plot_bars, plot_introspection]
     panels += [plot_clone] * bool(rows[0]["clone"])
-    panels += [functools.partial(plot_online, test=test) for test in list(rows[0]["tests"])[8:]]
+    panels += [functools.partial(plot_online, test=test) for test in real_tests(rows[0])]
     height = math.ceil(len(panels) / 3)
     figure, axes = plt.subplots(height, 3, layout="constrained", figsize=(16, 4.5 * height))
     for letter, axis, panel in zip("abcdefghijkl", axes.flat, panels):
@@ -1249,7 +1266,7 @@ def plot_meta(axis, cfg, rows):
 def plot_online(axis, cfg, rows, test):
     """Accuracy against examples seen -> title."""
     rules = [rule for rule in rows[0]["tests"][test] if rule in COLOURS]
-    length = cfg["real_length" if test in list(rows[0]["tests"])[8:] else "eval_length"]
+    length = cfg["real_length" if test in real_tests(rows[0]) else "eval_length"]
     for rule in rules:
         curves = np.array([row["tests"][test][rule]["curve"] for row in rows])
         x = (np.arange(curves.shape[1]) + 0.5) * max(1, length // 40)
@@ -1274,11 +1291,8 @@ def plot_bars(axis, cfg, rows):
                 axis.plot([place] * len(values), values, "_", color="white", ms=3, mew=0.6)
     axis.set_xticks(range(len(tests)), [test.replace(" ", "\n").replace("_", "\n")
                                         for test in tests], fontsize=8)
-    chance = {"10 classes": 10, "3 classes": 3, "random": 10, "sum": 2}
     for t, test in enumerate(tests):
-        C = 10 if t >= 8 else chance.get(test, cfg["classes"] if cfg["dataset"] == "fields" or
-                                         test == "seen" else 5)
-        axis.plot([t - 0.45, t + 0.45], [1 / C] * 2, color="black", ls=":", lw=1)
+        axis.plot([t - 0.45, t + 0.45], [1 / cfg["test_classes"][test]] * 2, "k:", lw=1)
     for rule in rules:
         axis.bar(0, 0, color=COLOURS[rule], label=rule)
     axis.set(ylabel="accuracy over all examples (dotted: chance)", ylim=(0, 1.32))
