@@ -49,7 +49,7 @@ MODES = [dict(mode="A", ticks=2), dict(mode="B", ticks=1), dict(mode="B", ticks=
 
 class Alone:
     """A `Run` that trains in this process and keeps nothing."""
-    device, world = CPU, 1
+    device, world, compiled = CPU, 1, False
     compile = staticmethod(lambda function: function)
     average = staticmethod(lambda tensors: None)
     share = staticmethod(lambda batch, dim=1: batch)
@@ -102,10 +102,10 @@ def lstm_by_hand(params, h, c, inputs):
     return [sigmoid(o[n]) * math.tanh(c[n]) for n in range(N)], c
 
 
-@pytest.mark.parametrize("mode", ["A", "B"])
-def test_lifetime_by_plain_loops(mode):
+@pytest.mark.parametrize("mode, feed_label", [("A", False), ("B", False), ("A", True), ("B", True)])
+def test_lifetime_by_plain_loops(mode, feed_label):
     """One layer, two ticks, cells one by one: who hears what, and when."""
-    cfg = config(mode=mode, ticks=2, state_size=4, message_size=3)
+    cfg = config(mode=mode, ticks=2, state_size=4, message_size=3, feed_label=feed_label)
     params = strong(cfg)
     x, y, noise = lifetimes(cfg, D=3, C=2, B=1, T=4)
     logits = live(params, x, y, noise, cfg)[0, 0]
@@ -113,23 +113,55 @@ def test_lifetime_by_plain_loops(mode):
              for a in range(3) for b in range(2)}
     U, u = params["U_up"][0, :, 0].tolist(), params["u_up"][0, 0].item()
 
-    def sweep(example, error):
+    def sweep(example, error, label):
         for a, b in cells:
             for _ in range(2):
-                cells[a, b] = lstm_by_hand(params, *cells[a, b],
-                                           [example[a], 0, 0, error[b], 0, 0])
-    error = [0.0, 0.0]
+                cells[a, b] = lstm_by_hand(params, *cells[a, b], [
+                    example[a], 0, 0, error[b], label[b] * feed_label, 0])
+    error, label, nothing = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
     for t in range(4):
         example = x[0, 0, t].tolist()
-        sweep(example, error if mode == "A" else [0.0, 0.0])
+        sweep(example, *((error, label) if mode == "A" else (nothing, nothing)))
         out = [sum(sum(h * w for h, w in zip(cells[a, b][0], U)) + u for a in range(3)) / 3
                for b in range(2)]
         out = [100 * math.tanh(value / 100) for value in out]
         assert out == pytest.approx(logits[t].tolist(), abs=1e-12)
         top = [math.exp(value) for value in out]
         error = [value / sum(top) - (b == y[0, 0, t].item()) for b, value in enumerate(top)]
+        label = [float(b == y[0, 0, t].item()) for b in range(2)]
         if mode == "B":
-            sweep(example, error)
+            sweep(example, error, label)
+
+
+def test_sums_count_every_bias():
+    cfg, params = config(), strong(config())
+    h = V.per_seed(torch.randn, generators(1), 16, 3, 4, 7).double()
+    for which, n in (("up", 7), ("down", 4)):
+        torch.testing.assert_close(V.message(params, which, h, dataclasses.replace(cfg, reduce="sum")),
+                                   n * V.message(params, which, h, cfg), **EXACT)
+
+
+def test_the_state_survives_autocast():
+    cfg, own = config(mode="A", ticks=2), generators(2)
+    x, y, noise = lifetimes(cfg, T=40)
+    params = {name: torch.zeros_like(p) for name, p in V.init_params(cfg, own).items()}
+    state = V.init_state(cfg, [n.float() for n in noise])
+    with torch.autocast("cpu", torch.bfloat16):
+        now, error = state, torch.zeros(1, 3, 4)
+        for t in range(40):
+            _, now = V.vsml_step(params, now, x[:, :, t].float(), error, error, cfg)
+    assert now[0].c.dtype == torch.float32
+    torch.testing.assert_close(now[0].c, 0.9933071490757153 ** 80 * state[0].c, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("C", [3, 4, 5, 10])
+def test_loss_at_first_is_chance(C):
+    for mode in "AB":
+        cfg = config(mode=mode)
+        x, y, noise = lifetimes(cfg, D=36, C=C, T=30)
+        params = V.init_params(cfg, generators(3))
+        loss = V.lifetime_loss(live(params, x.float(), y, [n.float() for n in noise], cfg), y).item()
+        assert loss == pytest.approx(math.log(C), abs=0.005)
 
 
 @pytest.mark.parametrize("more", [*MODES, dict(mode="A", hidden=5), dict(mode="B", hidden=5)])
@@ -355,11 +387,6 @@ def test_es_points_along_the_exact_gradient():
 @pytest.mark.parametrize("chunk", [0, 2])
 def test_es_training_gives_each_pair_its_own_lifetime(chunk, monkeypatch):
     """meta_train's es: both members of a pair share x, y and the first state, pairs do not."""
-    seen = []
-
-    def spy(loss_function, params, noise, sigma):
-        seen.append((loss_function, noise))
-        return V.es_gradient.__wrapped__(loss_function, params, noise, sigma)
     real = V.vsml_lifetime
     calls = []
     monkeypatch.setattr(V, "vsml_lifetime", lambda params, x, y, state, cfg, step: (
@@ -420,11 +447,11 @@ class Synapse:
             h[:, 1] = e * c[:, 0] * (1 - a**2) * (0.5 if self.wrong == "e" else 1)
             if self.wrong != "never":
                 c[:, 0] -= self.alpha * e * (1 if self.wrong == "w" else a)
-                c[:, 1] -= self.alpha * e
+                c[:, 1] -= self.alpha * e * (0 if self.wrong == "b" else 1)
         return V.Layer(h, c, below, layer.above)
 
 
-@pytest.mark.parametrize("wrong", [None, "y", "e", "w", "never", "drift"])
+@pytest.mark.parametrize("wrong", [None, "y", "e", "w", "b", "never", "drift"])
 def test_clone_loss_is_zero_exactly_for_backpropagation(wrong, monkeypatch):
     cfg = V.clone_config(config())
     monkeypatch.setattr(V, "visit", Synapse(cfg.alpha, wrong).visit)
@@ -434,8 +461,18 @@ def test_clone_loss_is_zero_exactly_for_backpropagation(wrong, monkeypatch):
     layer, = V.init_state(cfg, [V.per_seed(torch.randn, draw, 2, 5, 3, 4)])
     x, e = V.per_seed(torch.randn, draw, 5, 4), V.per_seed(torch.randn, draw, 5, 3)
     loss, after = V.clone_loss(params, layer, x, lambda logits: (e, e.square().mean(-1)), cfg)
-    assert loss.item() < 1e-10 if wrong is None else loss.item() > 1e-3
-    assert not torch.equal(after.c[:, 1], layer.c[:, 1]) or wrong == "never"
+    # The loss of each mistake alone, by hand
+    a, e4, alpha = x.tanh()[:, :, None], e[..., None], cfg.alpha
+    w, mean = layer.c[:, 0], lambda t: t.square().mean().item()
+    small = 0.5 + 0.125 / (e.square().mean(-1) + 1e-4)[..., None, None]
+    fold = lambda gap: (gap.expand(1, 5, 3, 4).square() * small).mean().item() / 2
+    expected = {None: 0.0, "y": 0.1**2, "e": mean(0.5 * e4 * w * (1 - a**2)), "w": fold(e4 * a - e4), "b": fold(e4),
+                "never": fold(e4 * a) + fold(e4),
+                # w is 0.01 too large after the first visit, and then learns by the right amount
+                "drift": ((0.01 / alpha) ** 2 + 10 * (0.01 / alpha) ** 2) / 2
+                + fold(torch.full_like(w, 0.01 / alpha)) + mean(0.01 * e4 * (1 - a**2))}
+    assert loss.item() == pytest.approx(expected[wrong], rel=1e-3, abs=1e-9)
+    assert not torch.equal(after.c[:, 1], layer.c[:, 1]) or wrong in ("never", "b")
 
 
 def test_deployed_clone_starts_with_the_given_weights(monkeypatch):
@@ -579,6 +616,21 @@ def write_idx(path, array):
     path.write_bytes(gzip.compress(header + bytes(array.flatten().tolist())))
 
 
+def test_lifetimes_differ():
+    cfg, run = config(), Alone(0)
+    for dataset in ("fields", "random"):
+        own = config(dataset=dataset)
+        x, y = V.sample_lifetimes(own, V.training_data(own, run), generators(0), 3, 12)
+        assert not torch.equal(x[0, 0], x[0, 1]) and not torch.equal(y[0, 0], y[0, 1])
+    x, y = V.sample_images((torch.randn(50, 4), torch.arange(50)), generators(0), 3, 12)
+    assert not torch.equal(x[0, 0], x[0, 1]) and not torch.equal(x[0, 1], x[0, 2])
+
+
+def test_streams_are_distinct():
+    streams = {V.stream(seed, purpose, CPU).initial_seed() for seed in range(50) for purpose in range(50)}
+    assert len(streams) == 2500
+
+
 def images(folder, name="mnist", n=60, split="t10k", side=28):
     draw = torch.randint(0, 256, (n, side, side), generator=generators()[0])
     write_idx(folder / name / f"{split}-images-idx3-ubyte.gz", draw)
@@ -612,6 +664,97 @@ def test_summarise_by_hand():
                                                   (p[4] + p[6]) / 2, (p[5] + p[7]) / 2], abs=1e-4)
 
 
+def test_late_first20_and_counts_never_reached():
+    y = torch.zeros(1, 1, 40, dtype=torch.long)
+    y[..., -1] = 1                                           # class 1 once: counts 0; class 0: 0 to 38
+    logits = torch.zeros(1, 1, 40, 2)
+    logits[0, 0, :, 0] = 1.0
+    logits[0, 0, 5:11] = torch.tensor([0.0, 1.0])            # wrong six times, early
+    row, = V.summarise(logits, y)
+    assert (row["first20"], row["late"], row["cumulative"]) == pytest.approx((14 / 20, 9 / 10, 33 / 40))
+    short, = V.summarise(logits[:, :, :5], y[..., :5])
+    assert short["p_correct"][4] is not None and short["p_correct"][5] is None
+
+
+def test_lifetime_loss_by_hand():
+    logits, y = torch.randn(2, 3, 4, 5, generator=generators()[0]), torch.randint(5, (2, 3, 4))
+    expected = [sum(-logits[s, b, t].log_softmax(-1)[y[s, b, t]].item() for b in range(3) for t in range(4)) / 12
+                for s in range(2)]
+    assert V.lifetime_loss(logits, y).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluate_shows_each_learner_the_tests_and_its_own_rule(monkeypatch):
+    cfg, run = config(eval_lifetimes=6, eval_length=30), Alone(0, 1)
+    x, y, C = V.meta_tests(cfg, run, V.training_data(cfg, run))["new"]
+    params, other = strong(cfg, 0, 1), dataclasses.replace(cfg, mode="A", ticks=2)
+    params = {name: p.float() for name, p in params.items()}
+    model = V.MetaRNN(9, 3, 8, generators(0, 1))
+    called, real = [], V.vsml_lifetime
+    monkeypatch.setattr(V, "vsml_lifetime", lambda params, x, y, state, cfg: (
+        called.append((cfg, state[0].c)), real(params, x, y, state, cfg))[1])
+    table = V.evaluate(cfg, run, {"new": (x, y, C)}, {"B": (params, cfg), "A": (params, other)}, {"RNN": model})["new"]
+    assert [own for own, _ in called] == [cfg, other]
+    assert all(0.5 < 3 * c[:, :8].std() < 1.2 and not c[:, 8:].any() for _, c in called)      # 9 inputs: TN / 3
+    with torch.no_grad():
+        assert table["RNN"] == V.summarise(model(x, y), y)
+    for kind, learn, rates in (("SGD", V.online_sgd, V.SGD_RATES), ("Adam", V.online_adam, V.ADAM_RATES)):
+        rows = [V.summarise(learn(x, y, C, lr), y) for lr in rates]
+        for s in (0, 1):
+            for key in ("cumulative", "first20", "late"):
+                assert table[kind][s][key] == max(row[s][key] for row in rows)
+            paper = rows[rates.index(V.PAPER_RATES[kind])][s]
+            assert table[kind][s]["paper_rate"] == paper["cumulative"]
+
+
+def test_headline_on_a_made_up_row():
+    """Every number with a digit of its own: which test, which learner, which sign."""
+    cfg, value = config(), iter(range(1, 1000))
+    rules = ("VSML B", "VSML A", "VSML A, ES", "Meta RNN", "Hebbian", "SGD", "Adam")
+    tests = {test: {rule: {key: next(value) / 1000 for key in ("cumulative", "first20", "late")} for rule in rules}
+             for test in (*V.MADE_TESTS, "mnist")}
+    history = {rule: [[10, 9.0, 0], [90, 1.0 + n, 0], [100, 2.0 + n, 0]] for n, rule in enumerate(rules[:3])}
+    clone = {net: {"clone_half": 0.5 + n, "true_half": 0.6, "agreement": 0.9 - n} for n, net in enumerate(V.CLONES)}
+    row = {"tests": tests, "history": history, "clone": clone}
+    numbers, new, ten = V.headline(cfg, row), tests["new"], tests["10 classes"]
+    assert numbers["meta_loss_final"] == 1.5 and numbers["es_meta_loss_final"] == 3.5
+    assert numbers["unseen_5class_cumulative"] == new["VSML B"]["cumulative"]
+    assert numbers["unseen_10class_cumulative"] == ten["VSML B"]["cumulative"]
+    assert numbers["other_mode_unseen_5class_cumulative"] == new["VSML A"]["cumulative"]
+    assert numbers["meta_rnn_seen"] == tests["seen"]["Meta RNN"]["cumulative"]
+    assert numbers["meta_rnn_unseen"] == new["Meta RNN"]["cumulative"]
+    assert numbers["mnist_late"] == tests["mnist"]["VSML B"]["late"]
+    for key in ("first20", "late", "cumulative"):            # Adam's made-up numbers are the higher ones
+        assert numbers[f"{key}_minus_best_sgd"] == pytest.approx(ten["VSML B"][key] - ten["Adam"][key])
+        ten["SGD"][key] = 0.99
+        assert V.headline(cfg, row)[f"{key}_minus_best_sgd"] == pytest.approx(ten["VSML B"][key] - 0.99)
+    assert numbers["pixel_shuffle_change"] == pytest.approx(
+        tests["shuffled"]["VSML B"]["cumulative"] - new["VSML B"]["cumulative"])
+    assert numbers["clone_minus_backprop"] == pytest.approx(-0.1) and numbers["clone_agreement"] == 0.9
+    assert numbers["clone_deep_minus_backprop"] == pytest.approx(1.9)
+
+
+def test_clone_is_compared_with_backpropagation_on_the_same_lifetimes(monkeypatch):
+    cfg, run, seen = config(eval_lifetimes=6, eval_length=40), Alone(0, 1), []
+
+    def deploy(params, x, y, weights, cfg):
+        seen.append([w.abs().max().item() for w, _ in weights])
+        logits = V.backpropagation(x, y, weights, cfg.alpha)
+        logits[:, :, 30:] = 0                                # the first class from then on
+        return logits
+    monkeypatch.setattr(V, "deploy_clone", deploy)
+    real, calls = V.backpropagation, []
+    monkeypatch.setattr(V, "backpropagation", lambda x, y, *more: (calls.append(y), real(x, y, *more))[1])
+    rows = V.evaluate_clone(cfg, run, None)["36-5"]
+    assert seen[0] == [0] == seen[1] and len(seen[2]) == 2 and min(seen[2]) > 0.05
+    monkeypatch.setattr(V, "deploy_clone", lambda x, *more: real(*more[:2], more[2], cfg.alpha))
+    perfect = V.evaluate_clone(cfg, run, None)["36-5"]
+    for s in (0, 1):
+        assert perfect[s]["agreement"] == 1 and perfect[s]["clone_half"] == perfect[s]["true_half"]
+        assert 0.5 <= rows[s]["agreement"] < 0.9             # right for t = 20 .. 29, then rarely
+        guess = (calls[0][s, :, 30:] == 0).float().mean().item()
+        assert rows[s]["clone_half"] < perfect[s]["clone_half"] and guess < 0.5
+
+
 def test_best_rates_are_chosen_in_favour_of_the_baseline():
     rows = {"SGD 0.1": [{"a": 1, "b": 5}, {"a": 4, "b": 2}], "SGD 0.3": [{"a": 3, "b": 4}, {"a": 2, "b": 6}]}
     assert V.best_of(rows, "a") == [("SGD 0.3", 3), ("SGD 0.1", 4)]
@@ -632,8 +775,25 @@ def test_meta_tests_are_new_data():
     shuffled = tests["shuffled"][0]
     assert torch.equal(shuffled.sort(-1).values, tests["new"][0].sort(-1).values)
     assert not torch.equal(shuffled, tests["new"][0])
-    assert tests["10 classes"][0].shape == (2, 5, 400, 64) and tests["3 classes"][0].shape[-1] == 144
+    assert tests["10 classes"][0].shape == (2, 5, 400, 64) and tests["12 x 12"][0].shape[-1] == 144
+    assert not torch.equal(tests["projected"][0], tests["new"][0])
+    training, _ = V.sample_lifetimes(cfg, data, [V.stream(seed, 0, CPU) for seed in (0, 1)], 5, 400)
+    assert not torch.equal(tests["seen"][0], training)
     assert not torch.equal(tests["new"][0][0], tests["new"][0][1])             # seeds differ
+
+
+@pytest.mark.parametrize("chunk", [2, 3])
+def test_chunks_of_pairs_change_nothing(chunk, monkeypatch):
+    gradients = []
+    monkeypatch.setattr(V, "train", lambda cfg, run, stage, params, gradient, *more: gradients.append(gradient(0)))
+    for size in (0, chunk):                                  # 3: the last chunk is shorter
+        V.meta_train(config(optimizer="es", batch=4, chunk=size), Alone(0, 1), "es", 2, 1)
+    (a, loss_a), (b, loss_b) = gradients
+    torch.testing.assert_close(loss_a, loss_b)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-6, rtol=1e-4)
+    V.meta_train(config(optimizer="es", batch=4, sigma=0.5), Alone(0, 1), "es", 2, 1)
+    assert not torch.allclose(gradients[2][0]["bias"], a["bias"], rtol=1e-3)   # sigma is used
 
 
 # ---- short runs reach expected losses ----
@@ -813,7 +973,9 @@ def test_meta_training_and_testing_on_real_images(tmp_path, capsys):
     (["--test", "mnist"], "data/mnist/t10k-images-idx3-ubyte.gz is missing"),
     (["--dataset", "mnist"], "data/mnist/train-images-idx3-ubyte.gz is missing"),
     (["--dataset", "sum"], "--classes 2"), (["--steps", "many"], "--steps"),
-    (["--side", 300, "--classes", 200, "--batch", 500], "GB; there are")])
+    (["--side", 300, "--classes", 200, "--batch", 500], "GB; there are"), (["--side", 1], "--side must be at least 2"),
+    (["--eval-lifetimes", 10**8], "GB; there are"), (["--feed-label", "--message-size", 1], "--message-size"),
+    (["--noise", "1e300"], "--noise must be"), (["--test", "mnist,mnist"], "names one twice")])
 def test_bad_options(options, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, error = run_here(capsys, *SMOKE, *options)
@@ -823,7 +985,8 @@ def test_bad_options(options, message, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("kind, message", [
     ("cut", "damaged or cut short"), ("labels", "do not fit the images"), ("constant", "constant images"),
-    ("few", "lower --real-length"), ("format", "not an IDX file")])
+    ("few", "lower --real-length"), ("format", "not an IDX file"), ("empty", "empty or constant"),
+    ("missing", "t10k-labels-idx1-ubyte.gz is missing")])
 def test_bad_data(kind, message, tmp_path, capsys):
     images(tmp_path / "data", n=30 if kind == "few" else 60)
     path = tmp_path / "data" / "mnist" / "t10k-images-idx3-ubyte.gz"
@@ -831,6 +994,10 @@ def test_bad_data(kind, message, tmp_path, capsys):
         path.write_bytes(path.read_bytes()[:2000])
     elif kind == "format":
         path.write_bytes(b"PK hello, world")
+    elif kind == "missing":
+        path.with_name("t10k-labels-idx1-ubyte.gz").unlink()
+    elif kind == "empty":
+        write_idx(path, torch.zeros(60, 0, 0))
     elif kind == "constant":
         write_idx(path, torch.full((60, 28, 28), 7))
     elif kind == "labels":
@@ -839,6 +1006,37 @@ def test_bad_data(kind, message, tmp_path, capsys):
                                 "--out", tmp_path / "a")
     assert status == 2 and message in error and len(error.splitlines()) == 1
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("options, message", [(["--classes", 11], "has not the classes 0 to 10"),
+                                              (["--classes", 10, "--length", 500], "are too long")])
+def test_too_much_asked_of_the_training_images(options, message, tmp_path, capsys):
+    images(tmp_path / "data", split="train")
+    status, _, error = run_here(capsys, *TINY, "--dataset", "mnist", "--data-dir", tmp_path / "data", *options,
+                                "--side", 7, "--out", tmp_path / "a")
+    assert status == 2 and message in error and not (tmp_path / "a").exists()
+
+
+def test_classes_left_out_of_meta_training(tmp_path):
+    images(tmp_path, split="train")
+    cfg = config(dataset="mnist", data_dir=str(tmp_path), side=7, classes=3, length=5, eval_length=5)
+    _, labels = V.training_data(cfg, Alone(0))
+    assert labels.unique().tolist() == [0, 1, 2]
+
+
+def test_training_projects_decays_and_clips_each_seed_alone(monkeypatch):
+    shares, rates = [], []
+    real = V.project
+    monkeypatch.setattr(V, "project", lambda x, g, share=1.0: (shares.append(share), real(x, g, share))[1])
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: (rates.append(adam.param_groups[0]["lr"]), step(adam)))
+    cfg = config(steps=4, projected=0.3, clip=1e-4)
+    joint = V.meta_train(cfg, Alone(4, 5), "s", 0, 4)
+    assert shares == [0.3] * 4 and rates == pytest.approx([0.03, 0.03, 0.03, 0.03 * 0.55])
+    alone = V.meta_train(cfg, Alone(5), "s", 0, 4)
+    torch.testing.assert_close(joint["W_state"][1], alone["W_state"][0], atol=1e-4, rtol=1e-3)
+    V.train_baseline(config(projected=0.3, baseline_steps=1), Alone(0), "m", 3, V.MetaRNN(9, 3, 4, generators()), 1e-3)
+    assert shares[-1] == 0.3
 
 
 def test_segments_of_the_paper_preset_and_compile_flags_exist(capsys):
