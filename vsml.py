@@ -58,7 +58,19 @@ SYMBOLS
   accuracy is the mean over all predictions of a lifetime, from the first on.
 
 RESULT
-  To come with the published run.
+  quick, means of 5 seeds (0-4) with 95 % t intervals, 2 CPU cores (AMD EPYC), 4.7 min a seed:
+    unseen 5 classes, accuracy over 200 examples    0.945 [0.940, 0.949]   best SGD 0.938
+    unseen 10 classes, 8 x 8                        0.931 [0.925, 0.936]   best SGD 0.910
+      first 20 examples minus best SGD or Adam      0.084 [0.071, 0.097]
+      last 50 examples minus best SGD or Adam       -0.017 [-0.028, -0.007]
+    Meta RNN, seen and unseen                       0.995, 0.203 (chance 0.20)
+    clone minus backpropagation, same predictions   0.000 [-0.002, 0.002], 0.997
+      with a hidden layer                           -0.006 [-0.017, 0.005], 0.976
+  Meta-trained on MNIST at 14 x 14 (3 seeds, 15.8 min), tested at 28 x 28 over 500 examples:
+    MNIST 0.736 [0.722, 0.750], best SGD 0.714; Fashion-MNIST 0.645 [0.634, 0.656],
+    best Adam 0.625; the Meta RNN has 0.934 and 0.071 at 14 x 14 (chance 0.10).
+  paper preset (one GPU): not run yet.
+
 DIFFERS
   1. quick is small: "fields", made-up images of 6 x 6, instead of MNIST, lifetimes of 50 examples,
      mode B with one tick and back-propagation through time. The paper's own setting, mode A with
