@@ -1327,8 +1327,8 @@ def plot_bars(axis, cfg, rows):
                 place = t + (r - (len(rules) - 1) / 2) * 0.8 / len(rules)
                 axis.bar(place, np.mean(values), 0.8 / len(rules), color=COLOURS[rule])
                 axis.plot([place] * len(values), values, "_", color="white", ms=3, mew=0.6)
-    axis.set_xticks(range(len(tests)), [test.replace(" ", "\n").replace("_", "\n")
-                                        for test in tests], fontsize=8)
+    axis.set_xticks(range(len(tests)), [test.replace("_", " ") for test in tests], fontsize=8,
+                    rotation=35, ha="right", rotation_mode="anchor")
     for t, test in enumerate(tests):
         axis.plot([t - 0.45, t + 0.45], [1 / cfg["test_classes"][test]] * 2, "k:", lw=1)
     for rule in rules:
