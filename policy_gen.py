@@ -200,12 +200,12 @@ def rows(n, size):
     return torch.rand(n, size) if isinstance(n, int) else n
 
 
-def limit_push(r, rate, free, A, limit, inverse_weight, time_constant=0.02):
+def limit_push(r, rate, free, A, limit, inverse_weight, time_constant):
     """MuJoCo's soft joint limit |r| <= limit -> (sign, aim, stiffness, touching), all shaped as r.
 
     r, rate, free: position, velocity and acceleration of the joint without the limit;  A: its
     acceleration per unit of force. One limit alone pushes with sign * max(0, aim / stiffness), if
-    touching. solref (0.02, 1), solimp (0.9, 0.95, 0.001, 0.5, 2), the defaults of MuJoCo.
+    touching. solref (0.02 or two time steps, 1), solimp (0.9, 0.95, 0.001, 0.5, 2), as in MuJoCo.
     """
     depth, sign = limit - r.abs(), -r.sign()                 # depth < 0: beyond the limit
     k, b = (0.95 * time_constant) ** -2, 2 / (0.95 * time_constant)
@@ -300,7 +300,7 @@ class Swimmer:
     rods' centres are (x, y) + sum_j L_ij u_j.
     """
     observations, actions, limit, horizon, returns = 8, 2, 1.0, 1000, (-100, 365)
-    noise, solved, substeps = 10, 360, 4
+    noise, solved, h = 10, 360, 0.01
     mass, across_inertia, along_inertia, armature = 35.6047167407, 3.917566039, 0.1738347935, 0.1
     density, viscosity, gear, joint_limit = 4000.0, 0.1, 150.0, math.radians(100)
     inverse_weights = 0.3852933416, 0.3933336741
@@ -377,7 +377,7 @@ class Swimmer:
         A = J @ inverse @ J.T                                                  # (n, 2, 2)
         sign, aim, stiff, touching = zip(*(limit_push(
             r[:, j], rate[:, j], w_dot @ J[j], A[:, j, j], self.joint_limit,
-            self.inverse_weights[j]) for j in (0, 1)))
+            self.inverse_weights[j], 2 * self.h) for j in (0, 1)))
         cross = A[:, 0, 1] * sign[0] * sign[1]
         alone = [torch.where(touching[j], (aim[j] / stiff[j]).clamp(min=0), 0) for j in (0, 1)]
         det = stiff[0] * stiff[1] - cross.square()
@@ -398,17 +398,18 @@ class Swimmer:
         return torch.cat([q, v], 1), reward, torch.zeros_like(reward, dtype=torch.bool)
 
     def integrate(self, q, v, torque):
-        return runge_kutta(lambda q, v: self.acceleration(q, v, torque), q, v, 0.01, 4)
+        """An action lasts 0.04 s."""
+        return runge_kutta(lambda q, v: self.acceleration(q, v, torque), q, v, self.h, 4)
 
 
 class SwimmerCoarse(Swimmer):
     """Ours, for CPUs: the Swimmer by two steps of semi-implicit Euler, 250 steps. Other numbers!"""
-    horizon, returns, solved = 250, (-25, 90), None
+    horizon, returns, solved, h = 250, (-25, 90), None, 0.02
 
     def integrate(self, q, v, torque):
         for _ in range(2):
-            v = v + 0.02 * self.acceleration(q, v, torque)
-            q = q + 0.02 * v
+            v = v + self.h * self.acceleration(q, v, torque)
+            q = q + self.h * v
         return q, v
 
 

@@ -157,6 +157,7 @@ def gait(env, steps=250):
 def test_swimmer_gait():
     """A gait's return in MuJoCo: 14.08598 [the same actions from rest]."""
     assert gait(P.Swimmer(dtype=torch.float64)) == pytest.approx(14.08598, abs=1e-4)
+    assert gait(P.SwimmerCoarse(dtype=torch.float64)) == pytest.approx(17.61, abs=0.01)        # another implementation's
     rest = torch.zeros(3, 10)
     state, reward, _ = P.Swimmer().step(rest, torch.zeros(3, 2))
     assert torch.equal(state, rest) and not reward.any()
