@@ -56,7 +56,9 @@ RESULT
     no fingerprint 0.118, uniform replay 0.081 (no worse here)
     best return of random search 99.3, of ARS 99.2: at this size noise alone finds the goal
   This task has a hole in its returns: policies score below 0 or 60 to 99, so that the diagonal is a
-  staircase between. paper preset (one GPU): not run yet; the Swimmer: not run yet.
+  staircase between. swimmer_coarse, 8 seeds of 4,800 episodes, 13 minutes: tracking error 0.118
+  (0.087 to 0.164), untrained 0.300; policy for the best return seen 29.0, best seen 52.3, while ARS
+  reaches 94.1. paper preset (one GPU) and the exact Swimmer: not run yet.
 
 DIFFERS
   1. quick: small networks, MountainCarContinuous, K = 4 policies an iteration with a mixture of
