@@ -1076,7 +1076,7 @@ def plot_training(axis, summary, rows):
         axis.axhline(summary["solved"], color=GREEN, ls=":", label="solved [gym]")
     axis.set(xlabel="training episodes", ylabel="return")
     axis.legend(loc="lower right")
-    return "It finds good policies, and can write them again"
+    return "Returns while it learns"
 
 
 def plot_tracking(axis, summary, rows):
