@@ -1931,8 +1931,9 @@ class Run:
 
 
 def run_folder(cfg, args):
-    """runs/NAME/PRESET-seedN, or --out."""
+    """runs/NAME/PRESET-seedN, or --out. A Config may have a `suffix`: runs of another kind."""
     last = f"-{cfg.seed + cfg.num_seeds - 1}" if cfg.num_seeds > 1 else ""
+    last += getattr(cfg, "suffix", "")
     return pathlib.Path(args.out or f"runs/{SCRIPT[:-3]}/{args.preset}-seed{cfg.seed}{last}")
 
 

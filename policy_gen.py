@@ -81,7 +81,6 @@ RUN
 import argparse
 import contextlib
 import copy
-import functools
 import inspect
 import json
 import math
@@ -166,6 +165,11 @@ class Config:
             raise ValueError(f"--ask is a finite return, or several: 20,50,90, not {self.ask!r}")
         if bool(self.ask) != bool(self.checkpoint):
             raise ValueError("--ask RETURN and --checkpoint FILE go together")
+
+    @property
+    def suffix(self):
+        """Of the run folder: what a generator is asked for stands beside the run that made it."""
+        return f"-ask{self.ask}" if self.ask else ""
 
 
 PRESETS = {
@@ -1405,8 +1409,9 @@ class Run:
 
 
 def run_folder(cfg, args):
-    """runs/NAME/PRESET-seedN, or --out."""
+    """runs/NAME/PRESET-seedN, or --out. A Config may have a `suffix`: runs of another kind."""
     last = f"-{cfg.seed + cfg.num_seeds - 1}" if cfg.num_seeds > 1 else ""
+    last += getattr(cfg, "suffix", "")
     return pathlib.Path(args.out or f"runs/{SCRIPT[:-3]}/{args.preset}-seed{cfg.seed}{last}")
 
 

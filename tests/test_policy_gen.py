@@ -45,6 +45,9 @@ class Alone:
         self.rows += [{"stage": self.stage, "step": self.step + 1, **row} for row in rows]
 
 
+real_steps = Alone.steps
+
+
 # ---- environments ----
 
 gymnasium = pytest.importorskip("gymnasium")
@@ -514,6 +517,63 @@ def test_random_search_learns_nothing_and_ars_learns():
     assert (last > -1.0).all()                               # at first about -5
 
 
+def test_the_generators_rate_rises_then_falls(monkeypatch):
+    """A tenth of the rate at first, all of it after a fifth of the iterations, a tenth at the end."""
+    rates, step = [], torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: (rates.append(adam.param_groups[0]["lr"]), step(adam))[1])
+    for schedule in (True, False):
+        rates.clear()
+        cfg = config(iterations=10, generator_steps=1, evaluator_steps=0, schedule=schedule, generator_rate=1e-3)
+        P.train(cfg, Alone(0), "x", 0, P.environment(cfg, CPU))
+        shape = [0.1, 0.55, *(1.225 - 1.125 * n / 10 for n in range(2, 10))] if schedule else [1.0] * 10
+        assert rates == pytest.approx([1e-3 * part for part in shape])
+
+
+def test_experiment_compares_what_its_names_say(monkeypatch):
+    """Which rule and which configuration each stage is trained with; all with the same episodes."""
+    seen, real = {}, P.train
+
+    def spy(cfg, run, stage, order, env, rule="evaluator", report=()):
+        seen[stage] = order, rule, cfg
+        return real(cfg, run, stage, order, env, rule, report)
+    monkeypatch.setattr(P, "train", spy)
+    cfg = config(iterations=2)
+    P.experiment(cfg, Alone(0))
+    assert {stage: row[1] for stage, row in seen.items()} == {
+        "generator": "evaluator", "random search": "none", "hindsight": "hindsight", "no fingerprint": "evaluator",
+        "uniform replay": "evaluator"}
+    assert len({row[0] for row in seen.values()}) == 5       # streams of their own
+    for stage, change in (("generator", {}), ("random search", {}), ("hindsight", {}), ("no fingerprint", {"probes": 0}),
+                          ("uniform replay", {"recency": 0.0})):
+        assert seen[stage][2] == dataclasses.replace(cfg, **change)
+
+
+def test_ars_takes_the_best_directions_by_hand(monkeypatch):
+    """One update against plain loops: mirrored returns, the best by their maximum, the step's scale."""
+    class Line:                                              # return of a policy: its only weight, cubed
+        observations, actions, limit, horizon, noise, returns = 1, 1, 100.0, 1, 1, (0, 1)
+        reset = staticmethod(lambda u: torch.ones_like(u))
+        obs = staticmethod(lambda state: state)
+        step = staticmethod(lambda state, action: (state, action[:, 0] ** 3, torch.ones(len(state), dtype=torch.bool)))
+    cfg, played, real = config(iterations=1, policies=16, ars_step=0.5, ars_noise=0.3), [], P.rollout
+    monkeypatch.setattr(P, "rollout", lambda *a: (played.append(real(*a)), played[-1])[1])
+    P.ars(cfg, Alone(3), Line())
+    delta = torch.randn(8, 1, 1, generator=P.stream(3, 5, CPU)).flatten().tolist()
+    plus, minus = [(0.3 * d) ** 3 for d in delta], [(-0.3 * d) ** 3 for d in delta]
+    assert played[0][0][0].tolist() == pytest.approx(plus + minus, rel=1e-4, abs=1e-6)
+    top = sorted(range(8), key=lambda k: -max(plus[k], minus[k]))[:4]
+    sigma = np.std([r[k] for r in (plus, minus) for k in top], ddof=1)
+    weight = 0.5 / (4 * sigma) * sum((plus[k] - minus[k]) * delta[k] for k in top)
+    # the last policy, on observations that are now constant: normalised to 0
+    mean, std = 1.0, 0.0
+    assert played[1][0][0, 0].item() == pytest.approx((weight * (1 - mean) / (std + 1e-8)) ** 3, abs=1e-6)
+    states = []
+    monkeypatch.setattr(Alone, "steps", lambda self, stage, total, state: (
+        states.append(state), real_steps(self, stage, total, state))[1])
+    P.ars(cfg, Alone(3), Line())
+    assert states[0]["M"].item() == pytest.approx(weight, rel=1e-3)
+
+
 # ---- short runs reach expected returns ----
 
 @pytest.mark.parametrize("control", [False, True])
@@ -577,6 +637,18 @@ def test_smoke_run_then_ask(tmp_path, capsys):
                              (["--env", "Swimmer"], "has --env MountainCarContinuous"), (["--seed", 9], "2 seed(s)")):
         status, _, error = run_here(capsys, *SMOKE, "--ask", 5, "--checkpoint", path, *options, "--out", tmp_path / "c")
         assert status == 2 and message in error and not (tmp_path / "c").exists()
+
+
+def test_asking_needs_no_folder_of_its_own(tmp_path, capsys, monkeypatch):
+    """The docstring's two commands, one after the other, with default folders."""
+    monkeypatch.chdir(tmp_path)
+    quiet = ["--no-baselines", "--no-ablations"]
+    assert run_here(capsys, *SMOKE, *quiet)[0] == 0
+    checkpoint = "runs/policy_gen/smoke-seed0/checkpoint.pt"
+    for asked in (75, 20):
+        status, _, error = run_here(capsys, *SMOKE, *quiet, "--ask", asked, "--checkpoint", checkpoint)
+        assert status == 0, error
+        assert (tmp_path / "runs" / "policy_gen" / f"smoke-seed0-ask{asked}" / "policies.npz").exists()
 
 
 def test_resume_after_kill_equals_uninterrupted(tmp_path, script):

@@ -617,7 +617,7 @@ def write_idx(path, array):
 
 
 def test_lifetimes_differ():
-    cfg, run = config(), Alone(0)
+    run = Alone(0)
     for dataset in ("fields", "random"):
         own = config(dataset=dataset)
         x, y = V.sample_lifetimes(own, V.training_data(own, run), generators(0), 3, 12)
@@ -865,7 +865,7 @@ def test_baselines_learn(monkeypatch):
     for model in (V.MetaRNN(16, 3, 32, generators(0)), V.HebbianFastWeights(16, 3, generators(0))):
         run = Alone(0)
         V.train_baseline(cfg, run, "model", 3, model, 1e-2)
-        assert last(run, "model") < 0.5 * math.log(3)        # measured: 0.05 and 0.2 of ln 3
+        assert last(run, "model") < 0.135 + 4 * 0.103        # 10 seeds: 0.007 +- 0.008 and 0.135 +- 0.103 nats; ln 3 at first
 
 
 def test_same_seed_is_bit_equal_and_another_is_not():
