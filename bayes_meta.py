@@ -90,6 +90,7 @@ RUN
 import argparse
 import contextlib
 import copy
+import ctypes
 import inspect
 import json
 import math
@@ -1762,12 +1763,17 @@ class Run:
         if kind == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             torch.set_float32_matmul_precision("high")                         # TF32
+        if kind == "cpu" and sys.platform == "linux":
+            with contextlib.suppress(AttributeError):        # glibc: keep the memory of freed large
+                for option in (-1, -3):              # tensors; new pages cost up to 25 % of a step
+                    ctypes.CDLL(None).mallopt(option, 2**31 - 1)
         self.device = torch.device(kind)
         self.compiled = kind == "cuda" if args.compile is None else args.compile
         self.compile = torch.compile if self.compiled else lambda function: function
         self.folder = run_folder(cfg, args)
         self.rows, self.stages, self.seconds = [], {}, {"total": 0, "training": 0, "evaluation": 0}
-        self.rates, self.losses, self.opened, self.in_step, self.signal = {}, [], False, False, 0
+        self.rates, self.losses, self.watched = {}, [], 0
+        self.opened, self.in_step, self.signal = False, False, 0
         self.look(args.resume)
         self.started = time.perf_counter() - self.seconds["total"]
         if self.world > 1:                           # signals end all processes; resume is exact
@@ -1865,12 +1871,13 @@ class Run:
     def watch(self, losses):
         """Note the losses of a step, seeds on the leading axis; a look at once would stop a GPU."""
         self.losses.append(losses.detach().flatten())
+        self.watched = self.step + 1
 
     def check(self):
         """Stop at the first loss that is not a number; the checkpoint before it stays."""
         losses = torch.stack(self.losses) if self.losses else torch.zeros(0, 1)        # (steps, S)
         for n, i in (~losses.isfinite()).nonzero().tolist()[:1]:
-            step, seed = self.step - len(losses) + n + 1, i * len(self.seeds) // len(losses[0])
+            step, seed = self.watched - len(losses) + n + 1, i * len(self.seeds) // len(losses[0])
             die(f"the loss is {losses[n, i]} at step {step} of {self.stage}, "
                 f"seed {self.seeds[seed]}", 1)
         self.losses.clear()
@@ -1968,8 +1975,8 @@ def show(folder):
         summary = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError) as error:
         die(f"nothing to draw: {error}")
-    if not isinstance(summary, dict) or "headline" not in summary:
-        die(f"nothing to draw: {folder / 'summary.json'} is not a summary")
+    if not isinstance(summary, dict) or SCRIPT not in summary.get("command", ""):
+        die(f"nothing to draw: {folder / 'summary.json'} is not a summary of {SCRIPT}")
     plot(summary, folder / "figure.png")
     for name, row in summary["headline"].items():
         spread = "[{:.4g}, {:.4g}]".format(*row["ci95"]) if row["ci95"] else ""

@@ -17,7 +17,8 @@ IDEA
   of a policy from what it does in a few learned probing states (its fingerprint), and the generator
   learns through the evaluator, until V(G(c)) = c. Only whole returns are used: no credit assignment
   to steps, no discount, no bootstrapping. It explores by noise on the weights and by asking for a
-  little more than the best return so far, trusting the generator to extrapolate along c.
+  little more than the best return so far, trusting the generator to extrapolate along c. Both nets
+  learn mostly from recent policies: the evaluator must be right about those of today's generator.
 
 ALGORITHM (the loop, for each seed)
   repeat
@@ -29,22 +30,24 @@ ALGORITHM (the loop, for each seed)
   quick asks for K policies an iteration, half of them with commands from the whole range so far.
 
 SYMBOLS
-  symbol        in the code       shape           meaning
+  symbol        in the code       shape (| : or)  meaning
   S             leading axis                      seeds, trained at once in the same products
   K             policies                          policies rolled out an iteration and seed
   B             batch                             policies in a minibatch of the replay
   O, A          observations, actions             sizes of an environment's observation, action
-  P             policy_size(sizes)                weights and biases of a policy
+  P             policy_size(sizes)                number of a policy's weights and biases
   theta         theta             (S, K|B, P)     policies, one a row
   c, r          command, returns  (S, K|B)        commanded and achieved return of an episode
   Delta         scale                             nominal range of the returns, per environment
   G_rho         Generator         (S, B, P)       hypernetworks that write theta, slice by slice
-  z_mn          embeddings        (S, tiles, 8)   learned, one a slice
+  z_mn          embeddings        (S, tiles, 8)   learned, one a slice (m along inputs, n outputs)
   V_w           Evaluator         (S, B)          predicted returns
-  s_k           states            (S, N, O)       learned probing states
-  omega, beta   recency, increment                see the algorithm;  sigma: noise
+  s             states            (S, N, O)       N learned probing states (normalised)
+  omega, beta   recency, increment                see the algorithm
+  sigma         noise                             on every weight of a policy that is rolled out
   Tracking error: mean over 21 commands between the lowest and the highest return seen of
-  |achieved - commanded| / (highest - lowest), noise-free policies, 4 episodes each.
+  |achieved - commanded| / (highest - lowest), noise-free policies, 4 episodes each. A
+  generator that always achieves the middle of the range, whatever the command, scores 0.262.
 
 RESULT
   quick, MountainCarContinuous, 8 seeds (0-7) of 1,000 episodes, in 4.4 minutes for all of them with
@@ -53,7 +56,8 @@ RESULT
     tracking error                                  0.097 (0.070 to 0.181)
     correlation of achieved with commanded          0.949 (0.824 to 0.968)
     controls, tracking error: untrained 0.262, hindsight without evaluator 0.350;
-    no fingerprint 0.118, uniform replay 0.081 (no worse here)
+    no fingerprint 0.118, uniform replay 0.081: recency does not help here. Each of the last three
+    is asked for returns between the lowest and the highest that it has seen itself
     best return of random search 99.3, of ARS 99.2: at this size noise alone finds the goal
   This task has a hole in its returns: policies score below 0 or 60 to 99, so that the diagonal is a
   staircase between. swimmer_coarse, 8 seeds of 4,800 episodes, 13 minutes: tracking error 0.118
@@ -62,25 +66,29 @@ RESULT
 
 DIFFERS
   1. quick: small networks, MountainCarContinuous, K = 4 policies an iteration with a mixture of
-     commands, larger rates, and an evaluator whose output is multiplied by --return-scale. The
-     generator's rate rises over the first fifth: before the evaluator knows anything, fast steps
-     drive all policies into saturation (|a| = 1), where no gradient comes back: one seed in eight
-     ended at -100 for every command. The paper preset has K = 1, no mixture, constant rates.
+     commands, a larger rate of the generator, and an evaluator whose output is multiplied by
+     --return-scale. The generator's rate rises over the first fifth and then falls to a tenth:
+     before the evaluator knows anything, fast steps can drive policies into saturation (|a| = 1),
+     where no gradient comes back. The paper preset has K = 1, no mixture, constant rates.
   2. Observation statistics are frozen during an episode, so that a policy is one fixed function
      ([code] updates them within), and computed without a slip of [code]'s running variance.
   3. [code]'s settings say 5 and 20 gradient steps, its loops make 4 and 19: we make 4 and 19.
   4. swimmer_coarse is ours: the Swimmer with a coarser integrator. Never compare it with Swimmer.
-  5. Left out: DDPG, importance-sampled commands, command drift. Hopper has contacts: only through
-     gymnasium, --env gym:Hopper-v4.
+  5. Budgets count episodes, not steps. The replay keeps all policies ([code]: the newest 10,000).
+     Left out: the baseline DDPG, a dense generator, and what [code] has but switches off (commands
+     drawn by importance or drifting). Hopper has contacts: only through gymnasium,
+     --env gym:Hopper-v4.
+  6. torchrun shares minibatches out; every process makes the same rollouts.
 
 RUN
   python policy_gen.py --num-seeds 8
-  python policy_gen.py --ask 75 --checkpoint runs/policy_gen/quick-seed0/checkpoint.pt
+  python policy_gen.py --ask 75 --checkpoint runs/policy_gen/quick-seed0-7/checkpoint.pt
   torchrun --standalone --nproc_per_node=8 policy_gen.py --preset paper --num-seeds 16
 """
 import argparse
 import contextlib
 import copy
+import ctypes
 import inspect
 import json
 import math
@@ -100,6 +108,7 @@ import torch
 import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # ---- 1. CONFIGURATION --------------------------------------------------------------------------
@@ -107,7 +116,8 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; each comment is the option's --help. [code]: the official release."""
+    """All settings of a run; each comment is the option's --help. [code]: as in the official
+    release; [code: x]: the release has x."""
     env: str = "MountainCarContinuous"   # or InvertedPendulum, Swimmer, swimmer_coarse, gym:ID
     iterations: int = 250            # of rollouts and updates
     policies: int = 4                # policies rolled out an iteration and seed, K [code: 1]
@@ -120,10 +130,10 @@ class Config:
     hyper_hidden: int = 64           # units of the hypernetworks' two hidden layers [code: 256]
     probes: int = 32                 # probing states; 0: the evaluator reads theta [code: 200]
     evaluator_hidden: int = 64       # units of the evaluator's two hidden layers [code: 256]
-    return_scale: float = 50.0       # multiplies the evaluator's output [code: 1]
+    return_scale: float = 50.0       # of the evaluator's output, as returns are large [code: 1]
     generator_rate: float = 1e-3     # of Adam [code: 2e-6]
     evaluator_rate: float = 5e-3     # of Adam [code]
-    schedule: bool = True            # its rate rises over the first fifth, then falls to a tenth
+    schedule: bool = True            # generator_rate rises for a fifth of training, then falls
     generator_steps: int = 19        # updates an iteration [code]
     evaluator_steps: int = 4         # updates an iteration [code]
     batch: int = 16                  # policies a minibatch, with replacement, B [code]
@@ -135,7 +145,7 @@ class Config:
     ars_noise: float = 0.3           # perturbation of ARS, nu
     eval_episodes: int = 4           # episodes of each noise-free policy that is tested
     measure_speed: bool = True       # time updates and rollouts at the end
-    ask: str = ""                    # only write the policies for these returns: 75 or 20,50,90
+    ask: str = ""                    # only write the policies for these returns: 75 or =-20,50
     checkpoint: str = ""             # of the generator to ask
     seed: int = 0                    # first seed
     num_seeds: int = 1               # seeds trained side by side: seed, seed + 1, ...
@@ -158,10 +168,10 @@ class Config:
             raise ValueError(f"--policy-hidden {self.policy_hidden} is not a multiple of "
                              f"--slice-size {self.slice_size}")
         try:
-            finite = all(math.isfinite(float(c)) for c in self.ask.split(",") if c)
+            fine = all(abs(float(c)) < 1e6 for c in self.ask.split(",") if self.ask)
         except ValueError:
-            finite = False
-        if not finite:
+            fine = False
+        if not fine:
             raise ValueError(f"--ask is a finite return, or several: 20,50,90, not {self.ask!r}")
         if bool(self.ask) != bool(self.checkpoint):
             raise ValueError("--ask RETURN and --checkpoint FILE go together")
@@ -169,7 +179,7 @@ class Config:
     @property
     def suffix(self):
         """Of the run folder: what a generator is asked for stands beside the run that made it."""
-        return f"-ask{self.ask}" if self.ask else ""
+        return f"-ask{self.ask}"[:60] if self.ask else ""
 
 
 PRESETS = {
@@ -184,10 +194,12 @@ PRESETS = {
 }
 
 # ---- 2. TASKS ----------------------------------------------------------------------------------
-# Environments as pure functions on rows, each row an episode of its own: reset(n or uniform
-# numbers) -> state, obs(state), step(state, action) -> (state, reward, terminated). Three of the
-# paper's four have no contacts, so what MuJoCo computes for them can be written down. The tests
-# compare them with the real packages, step by step.
+# Environments on rows, each row an episode of its own: reset(n, or uniform numbers (n, draws)) ->
+# state, obs(state), step(state, action) -> state, reward, terminated. `limit`: largest action;
+# `horizon`: steps; `returns`: their nominal range, Delta is its width; `solved`: a level, or None.
+# MuJoCo's InvertedPendulum and Swimmer have no contacts, so that what it computes for them can be
+# written down; the masses and inertias are those of its compiled models of Gymnasium's XML files.
+# The tests compare every step with the real packages.
 
 
 def stream(seed, purpose, device):
@@ -201,24 +213,25 @@ def per_seed(sampler, generators, *shape):
     return torch.stack([sampler(shape, generator=g, device=g.device) for g in generators])
 
 
-def rows(n, size):
+def draw(n, size):
     """What reset takes: uniform numbers (n, size), or a number of rows, for which it draws them."""
     return torch.rand(n, size) if isinstance(n, int) else n
 
 
 def limit_push(r, rate, free, A, limit, inverse_weight, time_constant):
-    """MuJoCo's soft joint limit |r| <= limit -> (sign, aim, stiffness, touching), all shaped as r.
+    """MuJoCo's soft joint limit |r| <= limit -> (sign, aim, compliance, touching), shaped as r.
 
     r, rate, free: position, velocity and acceleration of the joint without the limit;  A: its
-    acceleration per unit of force. One limit alone pushes with sign * max(0, aim / stiffness), if
-    touching. solref (0.02 or two time steps, 1), solimp (0.9, 0.95, 0.001, 0.5, 2), as in MuJoCo.
+    acceleration per unit of force (inverse inertia);  inverse_weight: the same at rest, a constant
+    of the model. One limit alone pushes with sign * max(0, aim / compliance), if touching.
+    solref = (time_constant, 1): 0.02 or two time steps. solimp = (0.9, 0.95, 0.001, 0.5, 2).
     """
-    depth, sign = limit - r.abs(), -r.sign()                 # depth < 0: beyond the limit
+    gap, sign = limit - r.abs(), -r.sign()                   # gap < 0: beyond the limit
     k, b = (0.95 * time_constant) ** -2, 2 / (0.95 * time_constant)
-    x = (-depth / 0.001).clamp(0, 1)
+    x = (-gap / 0.001).clamp(0, 1)
     imp = 0.9 + 0.05 * torch.where(x < 0.5, 2 * x.square(), 1 - 2 * (1 - x).square())
-    aim = -b * sign * rate - k * imp * depth - sign * free
-    return sign, aim, A + (1 - imp) / imp * inverse_weight, depth < 0
+    aim = -b * sign * rate - k * imp * gap - sign * free
+    return sign, aim, A + (1 - imp) / imp * inverse_weight, gap < 0
 
 
 def runge_kutta(acceleration, q, v, h, steps):
@@ -238,11 +251,11 @@ def runge_kutta(acceleration, q, v, h, steps):
 class MountainCarContinuous:
     """Gymnasium's MountainCarContinuous-v0: a car too weak for its hill. State (n, 2)."""
     observations, actions, limit, horizon, returns = 2, 1, 1.0, 999, (-100, 100)
-    noise, solved = 1, 90
+    draws, solved = 1, 90
 
     def reset(self, n):
         """n rows, or uniform numbers (n, 1) -> state: position U(-0.6, -0.4), velocity 0."""
-        u = rows(n, self.noise)
+        u = draw(n, self.draws)
         return torch.cat([-0.6 + 0.2 * u, torch.zeros_like(u)], 1)
 
     def obs(self, state):
@@ -264,13 +277,13 @@ class InvertedPendulum:
     Reward 1 a step, also on the last (v2 and v4, as in the paper's day; v5 gives 0 there).
     """
     observations, actions, limit, horizon, returns = 4, 1, 3.0, 1000, (0, 1000)
-    noise, solved = 4, 950
+    draws, solved = 4, 950
     cart, pole, inertia, gravity = 10.471975512, 5.0185916414, 0.1887497669, 9.81
     lx, lz = 0.0005, 0.3             # the pole's centre of mass, from the hinge
 
     def reset(self, n):
         """n rows, or uniform numbers (n, 4) -> state: all from U(-0.01, 0.01)."""
-        return 0.02 * rows(n, self.noise) - 0.01
+        return 0.02 * draw(n, self.draws) - 0.01
 
     def obs(self, state):
         return state
@@ -286,9 +299,9 @@ class InvertedPendulum:
         det = mxx * mtt - mxt.square()
         solve = lambda fx: torch.stack([mtt * fx - mxt * ft, mxx * ft - mxt * fx], 1) / det[:, None]
         free = solve(fx)
-        sign, aim, stiffness, touching = limit_push(q[:, 0], v[:, 0], free[:, 0], mtt / det, 1.0,
-                                                    0.0836743381, 0.04)
-        return solve(fx + torch.where(touching, sign * (aim / stiffness).clamp(min=0), 0))
+        sign, aim, compliance, touching = limit_push(q[:, 0], v[:, 0], free[:, 0], mtt / det,
+                                                     1.0, 0.0836743381, 0.04)
+        return solve(fx + torch.where(touching, sign * (aim / compliance).clamp(min=0), 0))
 
     def step(self, state, action):
         force = 100 * action[:, 0].clamp(-3, 3)
@@ -306,7 +319,7 @@ class Swimmer:
     rods' centres are (x, y) + sum_j L_ij u_j.
     """
     observations, actions, limit, horizon, returns = 8, 2, 1.0, 1000, (-100, 365)
-    noise, solved, h = 10, 360, 0.01
+    draws, solved, h = 10, 360, 0.01
     mass, across_inertia, along_inertia, armature = 35.6047167407, 3.917566039, 0.1738347935, 0.1
     density, viscosity, gear, joint_limit = 4000.0, 0.1, 150.0, math.radians(100)
     inverse_weights = 0.3852933416, 0.3933336741
@@ -333,7 +346,7 @@ class Swimmer:
 
     def reset(self, n):
         """n rows, or uniform numbers (n, 10) -> state: joint positions and rates U(-0.1, 0.1)."""
-        joints = 0.2 * rows(n, self.noise).to(self.L) - 0.1
+        joints = 0.2 * draw(n, self.draws).to(self.L) - 0.1
         q, v = joints[:, :5], joints[:, 5:]
         absolute = lambda a: torch.cat([a[:, :2], a[:, 2:].cumsum(1)], 1)
         return torch.cat([absolute(q), absolute(v)], 1)
@@ -381,14 +394,14 @@ class Swimmer:
         """Accelerations (n, 3) that the two joint limits add: complementary, with both at once."""
         J = self.D[1:]                                                         # (2, 3)
         A = J @ inverse @ J.T                                                  # (n, 2, 2)
-        sign, aim, stiff, touching = zip(*(limit_push(
+        sign, aim, soft, touching = zip(*(limit_push(
             r[:, j], rate[:, j], w_dot @ J[j], A[:, j, j], self.joint_limit,
             self.inverse_weights[j], 2 * self.h) for j in (0, 1)))
         cross = A[:, 0, 1] * sign[0] * sign[1]
-        alone = [torch.where(touching[j], (aim[j] / stiff[j]).clamp(min=0), 0) for j in (0, 1)]
-        det = stiff[0] * stiff[1] - cross.square()
-        both = [(stiff[1] * aim[0] - cross * aim[1]) / det,
-                (stiff[0] * aim[1] - cross * aim[0]) / det]
+        alone = [torch.where(touching[j], (aim[j] / soft[j]).clamp(min=0), 0) for j in (0, 1)]
+        det = soft[0] * soft[1] - cross.square()
+        both = [(soft[1] * aim[0] - cross * aim[1]) / det,
+                (soft[0] * aim[1] - cross * aim[0]) / det]
         joint = touching[0] & touching[1] & (both[0] >= 0) & (both[1] >= 0)
         # One side alone, where it leaves the other satisfied
         first = touching[0] & ~(touching[1] & (aim[1] - cross * alone[0] > 0))
@@ -427,11 +440,12 @@ ENVIRONMENTS = {"MountainCarContinuous": MountainCarContinuous,
 class GymEnvironment:
     """Any continuous environment of gymnasium, one simulator a row, stepped in a Python loop.
 
-    Hopper is trained without its survival bonus of 1 a step, as in [code].
+    Hopper goes without its survival bonus of 1 a step, in tests too ([code]: in training only).
     """
-    noise, solved = 1, None
+    draws, solved = 1, None
     ranges = {"Hopper": (-100, 3000), "HalfCheetah": (-100, 4000), "Walker2d": (-100, 3000),
-              "InvertedDoublePendulum": (0, 10000)}          # [code]
+              "InvertedDoublePendulum": (0, 10000), "Swimmer": (-100, 365),
+              "MountainCarContinuous": (-100, 100)}          # [code]; others: 0 to 1000
 
     def __init__(self, name, device):
         try:
@@ -444,10 +458,13 @@ class GymEnvironment:
             one = self.make()
         except Exception as error:                           # gymnasium raises kinds of its own
             raise ValueError(f"--env gym:{name}: {str(error).splitlines()[0]}") from None
-        if not hasattr(one.action_space, "high") or len(one.observation_space.shape) != 1:
-            raise ValueError(f"--env gym:{name}: needs continuous actions and flat observations")
-        self.observations, self.actions = one.observation_space.shape[0], one.action_space.shape[0]
-        self.limit, self.horizon = float(one.action_space.high[0]), one.spec.max_episode_steps
+        high = getattr(one.action_space, "high", np.array([np.inf])).flatten()
+        if len(one.observation_space.shape or ()) != 1 or not np.isfinite(high).all() or (
+                high != high[0]).any() or (one.action_space.low.flatten() != -high).any():
+            raise ValueError(f"--env gym:{name}: needs flat observations and continuous actions "
+                             "with the same finite limits -a and a")
+        self.observations, self.actions = one.observation_space.shape[0], len(high)
+        self.limit, self.horizon = float(high[0]), one.spec.max_episode_steps
         self.horizon = self.horizon or 1000
         self.bonus = 1.0 if name.startswith("Hopper") else 0.0
         self.returns = self.ranges.get(name.split("-")[0], (0, 1000))
@@ -478,6 +495,7 @@ def environment(cfg, device):
         kind = ENVIRONMENTS[cfg.env]
         env = kind(device) if issubclass(kind, Swimmer) else kind()
     env.horizon = cfg.horizon or env.horizon
+    env.scale = env.returns[1] - env.returns[0]              # Delta
     return env
 
 
@@ -574,8 +592,6 @@ class Generator(nn.Module):
     def __init__(self, sizes, slice_size, hidden, z_dim, generators):
         super().__init__()
         O, H, _, A = sizes
-        if H % slice_size:
-            raise ValueError(f"--policy-hidden {H} is not a multiple of --slice-size {slice_size}")
         self.layers = nn.ModuleList(Hypernet(*shape, hidden, z_dim, generators) for shape in (
             (O, H, O, slice_size), (H, H, slice_size, slice_size), (H, A, slice_size, A)))
 
@@ -591,9 +607,9 @@ class Evaluator(nn.Module):
     states, in normalised observation space. probes = 0: it reads theta itself (ablation).
     """
 
-    def __init__(self, sizes, probes, hidden, return_scale, generators):
+    def __init__(self, sizes, probes, hidden, return_scale, generators, limit=1.0):
         super().__init__()
-        self.sizes, self.return_scale = sizes, return_scale
+        self.sizes, self.return_scale, self.limit = sizes, return_scale, limit
         if probes:
             self.states = nn.Parameter(per_seed(torch.rand, generators, probes, sizes[0]))
         n_in = probes * sizes[-1] or policy_size(sizes)
@@ -604,9 +620,10 @@ class Evaluator(nn.Module):
         S, B, _ = theta.shape
         if hasattr(self, "states"):
             states = self.states[:, None].expand(S, B, -1, -1).flatten(0, 1)   # (S*B, N, O)
-            theta = policy_forward(theta.flatten(0, 1), states, self.sizes).view(S, B, -1)
+            actions = policy_forward(theta.flatten(0, 1), states, self.sizes, self.limit)
         first, second, last = self.net
-        return self.return_scale * last(second(first(theta).relu()).relu())[..., 0]
+        read = actions.view(S, B, -1) if hasattr(self, "states") else theta
+        return self.return_scale * last(second(first(read).relu()).relu())[..., 0]
 
 
 # ---- 4. LEARNING RULE --------------------------------------------------------------------------
@@ -661,10 +678,10 @@ class Normaliser:
         self.count, self.sum, self.squares = zeros(1), zeros(O), zeros(O)
 
     def moments(self):
-        """-> mean, std (S, O), float32."""
+        """-> mean, std (S, O), float32; std is never 0."""
         mean = self.sum / self.count.clamp(min=1)
         std = (self.squares / self.count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
-        return mean.float(), torch.where(self.count > 0, std, 1).float()
+        return mean.float(), torch.where(self.count > 0, std, 1).float() + 1e-8
 
     def add(self, count, total, squares):
         """What `rollout` saw: count (S, 1), sums and sums of squares (S, O)."""
@@ -679,27 +696,26 @@ def wide(device):
 
 
 @torch.no_grad()
-def rollout(env, act, moments, noise, step=None):
+def rollout(env, act, moments, starts, step=None):
     """One episode in every row -> returns (S, K), and what Normaliser.add takes.
 
     act(observations (S*K, O), normalised) -> actions (S*K, A);  moments: mean and std (S, O), fixed
-    during the episode;  noise (S, K, n): uniform numbers for env.reset;  step: env.step, compiled
+    during the episode;  starts (S, K, n): uniform numbers for env.reset;  step: env.step, compiled
     """
-    S, K, _ = noise.shape
-    step, device = step or env.step, noise.device
+    S, K, _ = starts.shape
+    step, device = step or env.step, starts.device
     mean, std = (part.repeat_interleave(K, 0) for part in moments)             # (S*K, O)
-    state = env.reset(noise.flatten(0, 1))
+    state = env.reset(starts.flatten(0, 1))
     alive = torch.ones(S * K, 1, device=device)
     returns, count = torch.zeros_like(alive), torch.zeros_like(alive)
-    total, squares = torch.zeros_like(mean), torch.zeros_like(mean)
+    total, squares = torch.zeros(2, *mean.shape, device=device, dtype=wide(device))
     for t in range(env.horizon):
         obs = env.obs(state)
-        count += alive
-        total.addcmul_(alive, obs)
-        squares.addcmul_(alive * obs, obs)
-        after, reward, done = step(state, act((obs - mean) / (std + 1e-8)))
+        seen = (alive * obs).to(total)
+        count, total, squares = count + alive, total + seen, squares + seen.square()
+        after, reward, done = step(state, act((obs - mean) / std))
         state = torch.where(alive > 0, after, state)         # an episode that ended stays as it was
-        returns.addcmul_(alive, reward[:, None])
+        returns += torch.where(alive > 0, reward[:, None], 0)
         alive = alive * ~done[:, None]
         if t % 50 == 49 and not alive.any():                 # a look at every step stops a GPU
             break
@@ -718,8 +734,8 @@ def networks(cfg, env, run):
     sizes = policy_sizes(env, cfg.policy_hidden)
     starts = [stream(seed, 20, "cpu") for seed in run.seeds]
     return (Generator(sizes, cfg.slice_size, cfg.hyper_hidden, cfg.z_dim, starts).to(run.device),
-            Evaluator(sizes, cfg.probes, cfg.evaluator_hidden, cfg.return_scale, starts
-                      ).to(run.device))
+            Evaluator(sizes, cfg.probes, cfg.evaluator_hidden, cfg.return_scale, starts,
+                      env.limit).to(run.device))
 
 
 def sample_replay(theta, returns, count, cfg, generators):
@@ -741,7 +757,7 @@ def train(cfg, run, stage, order, env, rule="evaluator", report=()):
     learns);  report: iterations after which the whole range of commands is tested
     """
     (generator, evaluator), S, K = networks(cfg, env, run), len(run.seeds), cfg.policies
-    sizes, scale = policy_sizes(env, cfg.policy_hidden), env.returns[1] - env.returns[0]
+    sizes, scale = policy_sizes(env, cfg.policy_hidden), env.scale
     streams = [stream(seed, order, run.device) for seed in run.seeds]
     of_g, of_v = [*generator.parameters()], [*evaluator.parameters()]
     adam_g = torch.optim.Adam(of_g, lr=cfg.generator_rate)
@@ -766,18 +782,18 @@ def train(cfg, run, stage, order, env, rule="evaluator", report=()):
             theta = generator(command / scale)
             theta = theta + cfg.noise * per_seed(torch.randn, streams, *theta.shape[1:])
         got, seen = rollout(env, follow(theta, env, sizes), normaliser.moments(),
-                            per_seed(torch.rand, streams, K, env.noise), step)
+                            per_seed(torch.rand, streams, K, env.draws), step)
         normaliser.add(*seen)
         replay[:, n:n + K], returns[:, n:n + K] = theta, got
-        minibatch = lambda: [                                # of small ones each process takes all
+        minibatch = lambda: [        # shared out, but for the first ones, smaller than cfg.batch
             run.share(part) if part.shape[1] % run.world == 0 else part
             for part in sample_replay(replay, returns, n + K, cfg, streams)]
-        # INNER UPDATE: the evaluator, its probing states too
+        # INNER UPDATE: the evaluator, with its probing states
         for _ in range(cfg.evaluator_steps if rule == "evaluator" else 0):
             losses["evaluator_loss"] = descend(
                 evaluator_loss(evaluator, *minibatch()), of_v, adam_v, run)
         # META UPDATE: the generator, through the evaluator, which stays as it is
-        if cfg.schedule:                                     # the evaluator must be ahead at first
+        if cfg.schedule:                                     # see DIFFERS 1
             done = iteration / cfg.iterations
             rate = cfg.generator_rate * min(0.1 + 4.5 * done, 1.225 - 1.125 * done)
             adam_g.param_groups[0]["lr"] = rate
@@ -799,7 +815,7 @@ def train(cfg, run, stage, order, env, rule="evaluator", report=()):
         if iteration + 1 in report:
             with run.clock("evaluation"):
                 report_commands(cfg, run, env, generator, evaluator, normaliser,
-                                returns[:, :n + K], scale)
+                                returns[:, :n + K])
     return generator, evaluator, normaliser, returns
 
 
@@ -809,12 +825,12 @@ def train(cfg, run, stage, order, env, rule="evaluator", report=()):
 @torch.no_grad()
 def test_commands(cfg, run, env, generator, normaliser, commands):
     """Commands (S, n), returns -> what their noise-free policies achieve, (S, n), mean over
-    eval_episodes. Always the same first states."""
-    sizes, scale = policy_sizes(env, cfg.policy_hidden), env.returns[1] - env.returns[0]
-    theta = generator(commands / scale).repeat_interleave(cfg.eval_episodes, 1)
-    noise = per_seed(torch.rand, [stream(seed, 10, run.device) for seed in run.seeds],
-                     theta.shape[1], env.noise)
-    returns, _ = rollout(env, follow(theta, env, sizes), normaliser.moments(), noise)
+    eval_episodes, whose first states are the same for all commands and calls."""
+    theta = generator(commands / env.scale).repeat_interleave(cfg.eval_episodes, 1)
+    starts = per_seed(torch.rand, [stream(seed, 10, run.device) for seed in run.seeds],
+                      cfg.eval_episodes, env.draws).repeat(1, commands.shape[1], 1)
+    act = follow(theta, env, policy_sizes(env, cfg.policy_hidden))
+    returns, _ = rollout(env, act, normaliser.moments(), starts)
     return returns.unflatten(1, (-1, cfg.eval_episodes)).mean(2)
 
 
@@ -836,12 +852,12 @@ def pearson(x, y):
     return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1)).clamp(min=1e-9)
 
 
-def report_commands(cfg, run, env, generator, evaluator, normaliser, returns, scale):
+def report_commands(cfg, run, env, generator, evaluator, normaliser, returns):
     """Test and log the whole range of commands: a row a command."""
     commands = spectrum(returns)
     achieved = test_commands(cfg, run, env, generator, normaliser, commands)
     with torch.no_grad():
-        predicted = evaluator(generator(commands / scale))
+        predicted = evaluator(generator(commands / env.scale))
     run.log([{"seed": seed, "command": commands[s, i].item(), "achieved": achieved[s, i].item(),
               "predicted": predicted[s, i].item()}
              for s, seed in enumerate(run.seeds) for i in range(commands.shape[1])])
@@ -867,7 +883,7 @@ def ars(cfg, run, env, order=5, directions=8, top=4):
                                               "normaliser": vars(normaliser)}):
         delta = per_seed(torch.randn, streams, directions, *M.shape[1:])       # (S, N, A, O)
         both = M[:, None] + cfg.ars_noise * torch.cat([delta, -delta], 1)
-        noise = per_seed(torch.rand, streams, 2 * directions, env.noise)
+        noise = per_seed(torch.rand, streams, 2 * directions, env.draws)
         returns, seen = rollout(env, act(both), normaliser.moments(), noise)
         normaliser.add(*seen)
         best.copy_(torch.maximum(best, returns.amax(1)))
@@ -883,43 +899,82 @@ def ars(cfg, run, env, order=5, directions=8, top=4):
             run.log([{"seed": seed, "best_seen": best[s].item(), "mean_return": mean[s].item()}
                      for s, seed in enumerate(run.seeds)])
     noise = per_seed(torch.rand, [stream(seed, 10, run.device) for seed in run.seeds],
-                     cfg.eval_episodes, env.noise)
+                     cfg.eval_episodes, env.draws)
     last = M[:, None].expand(-1, cfg.eval_episodes, -1, -1)
     return best, rollout(env, act(last), normaliser.moments(), noise)[0].mean(1)
 
 
 def measure_speed(cfg, run):
-    """One episode's updates at the paper's sizes; rollouts of n different policies."""
-    device, rates = run.device, {}
-    big = replace(cfg, env="Swimmer", policies=1, policy_hidden=256, hyper_hidden=256, probes=200,
-                  evaluator_hidden=256)
-    env = environment(big, device)
-
-    alone = copy.copy(run)
-    alone.seeds = [0]
-    generator, evaluator = networks(big, env, alone)
-    scale, theta = 465.0, torch.randn(1, 16, policy_size(policy_sizes(env, 256)), device=device)
-    returns, of_g, of_v = torch.randn(1, 16, device=device), [*generator.parameters()], [
-        *evaluator.parameters()]
-    adam_g, adam_v = torch.optim.Adam(of_g), torch.optim.Adam(of_v)
-    square = torch.randn(2048, 2048, device=device)
-    g_step, v_step, product = median_seconds(device, [
-        lambda: descend(generator_loss(generator, evaluator, returns, scale), of_g, adam_g, run),
-        lambda: descend(evaluator_loss(evaluator, theta, returns), of_v, adam_v, run),
-        lambda: square @ square], repeats=5)
-    rates["paper_update"] = {"seconds": 19 * g_step + 4 * v_step,
-                             "product_flops_per_second": 2 * 2048**3 / product}
+    """One episode's updates at the paper's sizes, for 1 and 8 seeds; rollouts of n different
+    policies, beside Gymnasium's where it is installed. On a CPU, of one core."""
+    device, rates, threads = run.device, {}, torch.get_num_threads()
+    torch.set_num_threads(1)
+    for S in (1, 8):
+        update, flops, product = paper_update(run, S)
+        rates[f"paper_update_{S}_seeds"] = {"seconds_per_seed": update / S,
+                                            "share_of_product_rate": flops / update / product}
     for kind in ("Swimmer", "InvertedPendulum"):
-        env = environment(replace(cfg, env=kind, horizon=20), device)
+        env = environment(Config(env=kind, horizon=20), device)
         sizes = policy_sizes(env, 32)
         for n in (1, 16, 64, 1024):
             policies = 0.1 * torch.randn(1, n, policy_size(sizes), device=device)
             moments = [torch.full((1, sizes[0]), value, device=device) for value in (0.0, 1.0)]
-            noise = torch.rand(1, n, env.noise, device=device)
-            seconds, = median_seconds(device, [lambda: rollout(
-                env, follow(policies, env, sizes), moments, noise)], repeats=3)
-            rates[f"{kind}_steps_per_second_n{n}"] = 20 * n / seconds
+            play = lambda step: rollout(env, follow(policies, env, sizes), moments, starts, step)
+            starts = torch.rand(1, n, env.draws, device=device)
+            steps = {"eager": env.step} | ({"compiled": run.compile(env.step)} if run.compiled
+                                           else {})
+            seconds = median_seconds(device, [lambda step=step: play(step)
+                                              for step in steps.values()], repeats=3)
+            rates[f"{kind}_steps_per_second_n{n}"] = {
+                name: env.horizon * n / part for name, part in zip(steps, seconds)}
+        rates |= gymnasium_rate(kind, sizes)
+    torch.set_num_threads(threads)
     return rates
+
+
+def paper_update(run, S):
+    """The 4 + 19 steps of one episode -> their seconds, their flops (products alone), and the flops
+    a second of one large product."""
+    alone, env = copy.copy(run), environment(Config(env="Swimmer"), run.device)
+    alone.seeds, sizes = list(range(S)), policy_sizes(env, 256)
+    big = Config(env="Swimmer", policy_hidden=256, hyper_hidden=256, probes=200,
+                 evaluator_hidden=256)
+    generator, evaluator = networks(big, env, alone)
+    of_g, of_v = [*generator.parameters()], [*evaluator.parameters()]
+    adam_g, adam_v = torch.optim.Adam(of_g), torch.optim.Adam(of_v)
+    theta, returns = (torch.randn(S, 16, *shape, device=run.device)
+                      for shape in ((policy_size(sizes),), ()))
+    square = torch.randn(2048, 2048, device=run.device)
+    works = [lambda: descend(generator_loss(generator, evaluator, returns, env.scale), of_g,
+                             adam_g, alone),
+             lambda: descend(evaluator_loss(evaluator, theta, returns), of_v, adam_v, alone),
+             lambda: square @ square]
+    flops = []
+    for work in works:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        flops.append(counter.get_total_flops())
+    g, v, product = median_seconds(run.device, works)
+    return 19 * g + 4 * v, 19 * flops[0] + 4 * flops[1], flops[2] / product
+
+
+def gymnasium_rate(kind, sizes, n=64):
+    """Steps a second of Gymnasium's own simulators with n different policies in torch."""
+    try:
+        import gymnasium
+        simulators = gymnasium.make_vec(f"{kind}-v5", n, vectorization_mode="sync")
+    except Exception:                                        # not installed
+        return {}
+    layers = split_policy(0.1 * torch.randn(n, policy_size(sizes)), sizes)
+    obs, _ = simulators.reset(seed=0)
+
+    def play():
+        nonlocal obs
+        for _ in range(20):
+            state = torch.as_tensor(obs, dtype=torch.float32)[:, None]
+            obs = simulators.step(policy_layers(layers, state, 1.0)[:, 0].numpy())[0]
+    seconds, = median_seconds(torch.device("cpu"), [play], repeats=3)
+    return {f"gymnasium_{kind}_steps_per_second_n{n}": 20 * n / seconds}
 
 
 def plan(cfg, flops_per_second):
@@ -997,7 +1052,7 @@ def experiment(cfg, run):
 
 def ask(cfg, run, env):
     """Write the policies for the returns in cfg.ask, from a run's checkpoint, and try them."""
-    path, commands = cfg.checkpoint, [float(c) for c in cfg.ask.split(",") if c]
+    path, commands = cfg.checkpoint, [float(c) for c in cfg.ask.split(",")]
     try:
         saved = torch.load(path, map_location=run.device, weights_only=True)
         old, state = saved["config"], saved["stages"]["generator"]["state"]
@@ -1005,7 +1060,7 @@ def ask(cfg, run, env):
         raise ValueError(f"--checkpoint {path} is missing") from None
     except Exception as error:                               # a damaged file raises almost anything
         raise ValueError(f"--checkpoint {path} is not a run's ({type(error).__name__})") from None
-    for name in ("env", "policy_hidden", "slice_size", "z_dim", "hyper_hidden"):
+    for name in ("env", "horizon", "policy_hidden", "slice_size", "z_dim", "hyper_hidden"):
         if old[name] != getattr(cfg, name):
             raise ValueError(f"{path} has --{name.replace('_', '-')} {old[name]}, not "
                              f"{getattr(cfg, name)}: give its own")
@@ -1017,17 +1072,20 @@ def ask(cfg, run, env):
     normaliser = Normaliser(len(which), env.observations, run.device)
     vars(normaliser).update({name: part[which] for name, part in state["normaliser"].items()})
     wanted = torch.tensor(commands, device=run.device).expand(len(which), -1)
-    for _ in run.steps("ask", 1, {}):
+    seen = state["returns"][which]                           # (S, n)
+    for _ in run.steps("ask", 1, {}):                        # nothing to train, but a run to record
+        pass
+    with torch.no_grad():
         achieved = test_commands(cfg, run, env, generator, normaliser, wanted)
-        with torch.no_grad():
-            theta = generator(wanted / (env.returns[1] - env.returns[0]))
+        theta = generator(wanted / env.scale)
     mean, std = normaliser.moments()
     np.savez(run.folder / "policies.npz", theta=theta.cpu(), mean=mean.cpu(), std=std.cpu(),
-             commands=commands, sizes=policy_sizes(env, cfg.policy_hidden))
-    per_seed = [{"seed": seed, "headline": {f"asked_{c:g}": achieved[s, i].item()
+             commands=commands, sizes=policy_sizes(env, cfg.policy_hidden), limit=env.limit)
+    per_seed = [{"seed": seed, "headline": {f"asked_{c}": achieved[s, i].item()
                                             for i, c in enumerate(commands)}}
                 for s, seed in enumerate(run.seeds)]
-    notes = {f"asked_{c:g}": "achieved by the policy in policies.npz" for c in commands}
+    notes = {f"asked_{c}": f"achieved by the policy in policies.npz; in training it saw "
+             f"{seen.min():.1f} to {seen.max():.1f}" for c in commands}
     return {"per_seed": per_seed, "beside": notes, "solved": None}
 
 
@@ -1240,12 +1298,17 @@ class Run:
         if kind == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             torch.set_float32_matmul_precision("high")                         # TF32
+        if kind == "cpu" and sys.platform == "linux":
+            with contextlib.suppress(AttributeError):        # glibc: keep the memory of freed large
+                for option in (-1, -3):              # tensors; new pages cost up to 25 % of a step
+                    ctypes.CDLL(None).mallopt(option, 2**31 - 1)
         self.device = torch.device(kind)
         self.compiled = kind == "cuda" if args.compile is None else args.compile
         self.compile = torch.compile if self.compiled else lambda function: function
         self.folder = run_folder(cfg, args)
         self.rows, self.stages, self.seconds = [], {}, {"total": 0, "training": 0, "evaluation": 0}
-        self.rates, self.losses, self.opened, self.in_step, self.signal = {}, [], False, False, 0
+        self.rates, self.losses, self.watched = {}, [], 0
+        self.opened, self.in_step, self.signal = False, False, 0
         self.look(args.resume)
         self.started = time.perf_counter() - self.seconds["total"]
         if self.world > 1:                           # signals end all processes; resume is exact
@@ -1343,12 +1406,13 @@ class Run:
     def watch(self, losses):
         """Note the losses of a step, seeds on the leading axis; a look at once would stop a GPU."""
         self.losses.append(losses.detach().flatten())
+        self.watched = self.step + 1
 
     def check(self):
         """Stop at the first loss that is not a number; the checkpoint before it stays."""
         losses = torch.stack(self.losses) if self.losses else torch.zeros(0, 1)        # (steps, S)
         for n, i in (~losses.isfinite()).nonzero().tolist()[:1]:
-            step, seed = self.step - len(losses) + n + 1, i * len(self.seeds) // len(losses[0])
+            step, seed = self.watched - len(losses) + n + 1, i * len(self.seeds) // len(losses[0])
             die(f"the loss is {losses[n, i]} at step {step} of {self.stage}, "
                 f"seed {self.seeds[seed]}", 1)
         self.losses.clear()
@@ -1446,8 +1510,8 @@ def show(folder):
         summary = json.loads((folder / "summary.json").read_text())
     except (OSError, ValueError) as error:
         die(f"nothing to draw: {error}")
-    if not isinstance(summary, dict) or "headline" not in summary:
-        die(f"nothing to draw: {folder / 'summary.json'} is not a summary")
+    if not isinstance(summary, dict) or SCRIPT not in summary.get("command", ""):
+        die(f"nothing to draw: {folder / 'summary.json'} is not a summary of {SCRIPT}")
     plot(summary, folder / "figure.png")
     for name, row in summary["headline"].items():
         spread = "[{:.4g}, {:.4g}]".format(*row["ci95"]) if row["ci95"] else ""

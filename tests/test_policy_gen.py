@@ -220,10 +220,41 @@ def test_swimmer_mirror_and_drag():
     assert all(b <= a for a, b in zip(energies, energies[1:]))
 
 
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1)])
+def test_swimmer_beyond_both_limits_equals_mujoco(signs):
+    """Both joints pushed back at once, alone, or one by the other's push."""
+    real = gymnasium.make("Swimmer-v5", exclude_current_positions_from_observation=False).unwrapped
+    real.reset(seed=0)
+    env, draw = P.Swimmer(dtype=torch.float64), np.random.default_rng(1)
+    for _ in range(40):
+        q, v = draw.normal(size=5), 2 * draw.normal(size=5)
+        q[3:] = np.array(signs) * np.radians(100 + draw.uniform(-0.05, 0.3, 2))
+        real.set_state(q, v)
+        state = torch.cat([absolute(torch.tensor(q)), absolute(torch.tensor(v))])[None]
+        action = draw.uniform(-1, 1, 2)
+        real.step(action)
+        after, _, _ = env.step(state, torch.tensor(action)[None])
+        torch.testing.assert_close(after[0, :5], absolute(torch.tensor(real.data.qpos.copy())), atol=1e-8, rtol=0)
+        torch.testing.assert_close(after[0, 5:], absolute(torch.tensor(real.data.qvel.copy())), atol=1e-7, rtol=0)
+
+
+def test_first_states_and_constants_are_gymnasiums():
+    low, high = torch.zeros(1, 10), torch.ones(1, 10)
+    for name, size, a, b in (("MountainCarContinuous", 1, [-0.6, 0], [-0.4, 0]), ("InvertedPendulum", 4, [-0.01] * 4, [0.01] * 4)):
+        env = P.ENVIRONMENTS[name]()
+        assert torch.allclose(env.reset(low[:, :size]), torch.tensor([a])) and torch.allclose(env.reset(high[:, :size]), torch.tensor([b]))
+    swimmer = P.Swimmer()
+    obs = swimmer.obs(swimmer.reset(high))                   # joint angles without the first, rates
+    assert torch.allclose(obs, torch.full((1, 8), 0.1)) and torch.allclose(swimmer.obs(swimmer.reset(low)), -obs)
+    facts = {name: (env.horizon, env.returns, env.limit) for name, env in P.ENVIRONMENTS.items()}
+    assert facts == {"MountainCarContinuous": (999, (-100, 100), 1.0), "InvertedPendulum": (1000, (0, 1000), 3.0),
+                     "Swimmer": (1000, (-100, 365), 1.0), "swimmer_coarse": (250, (-25, 90), 1.0)}
+
+
 @pytest.mark.parametrize("name", list(P.ENVIRONMENTS))
 def test_float32_rows_are_independent(name):
     env = P.environment(config(env=name), CPU)
-    u = torch.rand(5, env.noise, generator=generators(3)[0])
+    u = torch.rand(5, env.draws, generator=generators(3)[0])
     action = 2 * torch.rand(5, env.actions, generator=generators(4)[0]) - 1
     state, order = env.reset(u), torch.tensor([3, 0, 4, 1, 2])
     assert env.reset(7).shape == (7, state.shape[1]) and env.obs(state).shape == (5, env.observations)
@@ -310,6 +341,43 @@ def test_fingerprints_see_what_a_policy_does_not_how():
     assert finger.states.min() >= 0 and finger.states.max() < 1
 
 
+def test_evaluator_equals_torch_networks():
+    sizes = P.policy_sizes(P.InvertedPendulum(), 16)
+    V = P.Evaluator(sizes, 5, 12, 50.0, generators(1, 2), limit=3.0)
+    theta = torch.randn(2, 4, P.policy_size(sizes), generator=generators()[0])
+    for s in range(2):
+        layers = []
+        for layer in V.net:
+            layers += [torch.nn.Linear(*layer.weight.shape[1:]), torch.nn.ReLU()]
+            layers[-2].load_state_dict({"weight": layer.weight[s].T, "bias": layer.bias[s, 0]})
+        for k in range(4):
+            actions = P.policy_forward(theta[s, k:k + 1], V.states[s][None], sizes, 3.0).flatten()
+            wanted = 50 * torch.nn.Sequential(*layers[:-1])(actions)
+            torch.testing.assert_close(V(theta)[s, k], wanted[0], atol=1e-4, rtol=1e-4)
+
+
+def test_first_weights():
+    layer = P.Linear(25, 4000, generators())
+    for part in (layer.weight, layer.bias):                  # torch's: uniform up to 1 / sqrt(25)
+        assert 0.199 < part.abs().max() <= 0.2 and abs(part.mean()) < 0.005
+        assert part.std().item() == pytest.approx(0.2 / math.sqrt(3), rel=0.03)
+    net = P.Hypernet(64, 64, 16, 16, 8, 500, generators())
+    assert net.embeddings.std().item() == pytest.approx(1, rel=0.05) and abs(net.embeddings.mean()) < 0.05
+    states = P.Evaluator(sized(), 500, 8, 1.0, generators()).states
+    assert states.min() >= 0 and states.max() > 0.95 and states.mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_hindsight_loss_by_hand():
+    G = P.Generator(sized(16), 16, 8, 4, generators(1, 2))
+    theta, returns = torch.randn(2, 3, P.policy_size(sized(16)), generator=generators()[0]), torch.tensor([[1., 2, 3], [4, 5, 6]])
+    wanted = [sum((G(returns / 10)[s, i] - theta[s, i]).square().mean() for i in range(3)) / 3 for s in range(2)]
+    torch.testing.assert_close(P.hindsight_loss(G, theta, returns, 10.0), torch.stack(wanted))
+    cfg = config(iterations=2)
+    before, _ = P.networks(cfg, P.environment(cfg, CPU), Alone(0))
+    after = P.train(cfg, Alone(0), "x", 0, P.environment(cfg, CPU), "hindsight")[0]
+    assert not any(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+
+
 def test_each_step_moves_its_own_network_only():
     sizes = sized(16)
     G, V = P.Generator(sizes, 16, 16, 8, generators()), P.Evaluator(sizes, 5, 16, 1.0, generators())
@@ -369,9 +437,18 @@ def test_replay_is_drawn_as_said():
     assert ((counts[:10] - expected) ** 2 / expected).sum() < 27.9             # 9 degrees, P = 0.001
 
 
+def test_replay_without_recency_is_uniform():
+    cfg, n = config(policies=2, recency=0.0, batch=4000), 40
+    returns = torch.arange(n).float()[None]
+    _, drawn = P.sample_replay(torch.zeros(1, n, 1), returns, n, dataclasses.replace(cfg), generators())
+    many = torch.cat([P.sample_replay(torch.zeros(1, n, 1), returns, n, cfg, generators(seed))[1] for seed in range(100)], 1)
+    counts = torch.bincount(many.long().flatten(), minlength=n).float()
+    assert drawn.shape == (1, n) and ((counts - 100).square() / 100).sum() < 75     # chi-square, 39 degrees
+
+
 class Countdown:
     """Ends after `state` steps, reward 1 a step: for the rollout's bookkeeping."""
-    observations, actions, limit, horizon, noise = 2, 1, 1.0, 10, 1
+    observations, actions, limit, horizon, draws = 2, 1, 1.0, 10, 1
 
     def reset(self, u):
         return (u * 10).round()
@@ -380,7 +457,8 @@ class Countdown:
         return torch.cat([state, state**2], 1)
 
     def step(self, state, action):
-        return state - 1, torch.ones(len(state)), state[:, 0] <= 1
+        reward = torch.where(state[:, 0] < 1, torch.nan, 1)  # what happens after the end is not seen
+        return state - 1, reward, state[:, 0] <= 1
 
 
 def test_rollout_freezes_what_has_ended():
@@ -393,6 +471,19 @@ def test_rollout_freezes_what_has_ended():
     assert squares[:, 1].tolist() == [sum(s**4 for s in life) for life in lives]
     swapped, _ = P.rollout(Countdown(), lambda obs: obs[:, :1], moments, noise[:, [1, 0]])
     assert torch.equal(swapped, returns[:, [1, 0]])          # a permuted batch
+
+
+def test_statistics_of_a_rollout_are_wide():
+    class Still(Countdown):
+        horizon = 1000
+        reset = staticmethod(lambda u: torch.cat([0 * u + 9.81, 1000 + u], 1))
+        obs = staticmethod(lambda state: state)
+        step = staticmethod(lambda state, action: (state, torch.ones(len(state)), torch.zeros(len(state)).bool()))
+    own, starts = P.Normaliser(1, 2, CPU), torch.rand(1, 50, 1, generator=generators()[0])
+    own.add(*P.rollout(Still(), lambda obs: obs[:, :1], own.moments(), starts)[1])
+    mean, std = own.moments()
+    assert std[0, 0] < 1e-4 and ((torch.tensor(9.81) - mean[0, 0]) / std[0, 0]).abs() < 1
+    assert std[0, 1].item() == pytest.approx((1000 + starts).double().std(unbiased=False).item(), rel=0.01)
 
 
 def test_normaliser():
@@ -495,8 +586,62 @@ def test_commands_of_an_iteration(monkeypatch):
     for n, command in enumerate(collected[1:], 1):
         best, worst = returns[:, :8 * n].amax(1), returns[:, :8 * n].amin(1)
         torch.testing.assert_close(command[:, 4:], (best + 10)[:, None].expand(2, 4), atol=1e-3, rtol=1e-5)
-        assert (command[:, :4] <= best[:, None] + 10).all() and (command[:, :4] >= worst[:, None] - 1e-3).all()
-        assert command[:, :4].std() > 0
+    for s in range(2):                                       # the same numbers, drawn by hand
+        draw, size = P.stream(s, 0, CPU), P.policy_size(P.policy_sizes(P.MountainCarContinuous(), 16))
+        for n, command in enumerate(collected):
+            u = torch.rand(8, generator=draw) if n else None
+            torch.randn(8, size, generator=draw), torch.rand(8, 1, generator=draw)
+            if n:
+                worst, top = returns[s, :8 * n].min(), returns[s, :8 * n].max() + 10
+                torch.testing.assert_close(command[s, :4], worst + (top - worst) * u[:4], atol=1e-2, rtol=1e-4)
+
+
+def test_each_policy_has_its_own_noise_and_start(monkeypatch):
+    cfg, played, real = config(iterations=2, policies=3), [], P.rollout
+    monkeypatch.setattr(P, "rollout", lambda env, act, moments, starts, step=None: (played.append(starts), real(
+        env, act, moments, starts, step))[1])
+    stored = {}
+    monkeypatch.setattr(Alone, "steps", lambda self, stage, total, state: (stored.update(state), real_steps(
+        self, stage, total, state))[1])
+    P.train(cfg, Alone(0), "x", 0, P.environment(cfg, CPU), "none")
+    assert all(len(starts.flatten().unique()) == 3 for starts in played if starts.shape[1] == 3)
+    G, draw = P.networks(cfg, P.environment(cfg, CPU), Alone(0))[0], P.stream(0, 0, CPU)
+    clean = G(torch.full((1, 3), 1 / 200))[0].detach()
+    noise = torch.randn(3, clean.shape[1], generator=draw)
+    torch.testing.assert_close(stored["replay"][0, :3], clean + 0.1 * noise)
+
+
+def test_commands_are_tested_one_by_one():
+    cfg = config(eval_episodes=3)
+    env, run, commands = P.environment(cfg, CPU), Alone(4, 5), torch.tensor([[0.0, 50.0], [-50.0, 90.0]])
+    G, V = P.networks(cfg, env, run)
+    normaliser = P.Normaliser(2, 2, CPU)
+    normaliser.add(torch.full((2, 1), 10.0), torch.full((2, 2), 5.0), torch.full((2, 2), 40.0))
+    together = P.test_commands(cfg, run, env, G, normaliser, commands)
+    sizes, (mean, std) = P.policy_sizes(env, cfg.policy_hidden), normaliser.moments()
+    for s, seed in enumerate(run.seeds):
+        starts = torch.rand(3, 1, generator=P.stream(seed, 10, CPU))           # the same for both commands
+        for i in range(2):
+            theta = G(commands / 200)[s, i].detach()
+            act = P.follow(theta.expand(1, 3, -1), env, sizes)
+            wanted = P.rollout(env, act, (mean[s:s + 1], std[s:s + 1]), starts[None])[0].mean()
+            assert together[s, i].item() == pytest.approx(wanted.item(), abs=1e-3)
+    run.stage, run.step = "x", 0
+    P.report_commands(cfg, run, env, G, V, normaliser, torch.tensor([[0.0, 50.0], [-50.0, 90.0]]))
+    assert [row["command"] for row in run.rows if row["seed"] == 5] == pytest.approx([-50 + 7 * i for i in range(21)])
+    for row in run.rows:
+        s = row["seed"] - 4
+        c = torch.full((2, 1), row["command"])
+        assert row["predicted"] == pytest.approx(V(G(c / 200))[s, 0].item(), abs=1e-3)
+        assert row["achieved"] == pytest.approx(P.test_commands(cfg, run, env, G, normaliser, c)[s, 0].item(), abs=1e-2)
+
+
+def test_paper_preset():
+    cfg = P.Config(**P.PRESETS["paper"])
+    assert (cfg.env, cfg.policies, cfg.command_mix, cfg.increment, cfg.noise, cfg.recency) == ("Swimmer", 1, 0, 20, 0.1, 1.1)
+    assert (cfg.generator_rate, cfg.evaluator_rate, cfg.schedule, cfg.return_scale) == (2e-6, 5e-3, False, 1)
+    assert (cfg.policy_hidden, cfg.hyper_hidden, cfg.evaluator_hidden, cfg.probes, cfg.z_dim) == (256, 256, 256, 200, 8)
+    assert (cfg.generator_steps, cfg.evaluator_steps, cfg.batch, cfg.slice_size, cfg.iterations) == (19, 4, 16, 16, 3000)
 
 
 def test_random_search_learns_nothing_and_ars_learns():
@@ -507,7 +652,7 @@ def test_random_search_learns_nothing_and_ars_learns():
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), after.parameters()))
 
     class Bowl:                                              # reward: minus the distance of the action from 2 x
-        observations, actions, limit, horizon, noise, returns = 1, 1, 5.0, 5, 1, (0, 1)
+        observations, actions, limit, horizon, draws, returns = 1, 1, 5.0, 5, 1, (0, 1)
         reset = staticmethod(lambda u: 2 * u - 1)
         obs = staticmethod(lambda state: state)
         step = staticmethod(lambda state, action: (-state, -(action - 2 * state).abs()[:, 0],
@@ -551,7 +696,7 @@ def test_experiment_compares_what_its_names_say(monkeypatch):
 def test_ars_takes_the_best_directions_by_hand(monkeypatch):
     """One update against plain loops: mirrored returns, the best by their maximum, the step's scale."""
     class Line:                                              # return of a policy: its only weight, cubed
-        observations, actions, limit, horizon, noise, returns = 1, 1, 100.0, 1, 1, (0, 1)
+        observations, actions, limit, horizon, draws, returns = 1, 1, 100.0, 1, 1, (0, 1)
         reset = staticmethod(lambda u: torch.ones_like(u))
         obs = staticmethod(lambda state: state)
         step = staticmethod(lambda state, action: (state, action[:, 0] ** 3, torch.ones(len(state), dtype=torch.bool)))
@@ -622,6 +767,17 @@ def test_smoke_run_then_ask(tmp_path, capsys):
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert {"best_seen_at_least_90", "command_best_return", "tracking_pearson", "tracking_error", "ars_best",
             "untrained_tracking_error", "random_search_best", "hindsight_tracking_error"} <= set(summary["headline"])
+    for row in summary["per_seed"]:                          # every headline again, from the rows below it
+        head, last = row["headline"], lambda stage: torch.tensor(row["tests"][stage]["3"]).T[:2, None]
+        for stage, key in (("generator", ""), ("hindsight", "hindsight_"), ("no fingerprint", "no_fingerprint_"),
+                           ("uniform replay", "uniform_replay_")):
+            assert head[key + "tracking_error"] == pytest.approx(P.tracking_error(*last(stage)).item(), abs=1e-3)
+            assert head[key + "tracking_pearson"] == pytest.approx(P.pearson(*last(stage)).item(), abs=1e-2)
+        for stage, key in (("generator", "best_seen"), ("random search", "random_search_best"), ("ARS", "ars_best")):
+            assert head[key] == pytest.approx(row["curves"][stage][-1][1], abs=1e-3)
+        assert head["command_best_return"] == pytest.approx(row["curves"]["generator"][-1][2])
+        assert head["best_seen_at_least_90"] == (head["best_seen"] >= 90)
+        assert row["curves"]["generator"][-1][3] <= 3 * 2 * 100                # steps of its episodes
     assert (tmp_path / "a" / "figure.png").stat().st_size > 10_000
     path = tmp_path / "a" / "checkpoint.pt"
     status, out, error = run_here(capsys, *SMOKE, "--seed", 1, "--ask", "75,-20", "--checkpoint", path,
@@ -633,7 +789,17 @@ def test_smoke_run_then_ask(tmp_path, capsys):
     G, _ = P.networks(cfg, P.environment(cfg, CPU), Alone(1))
     G.load_state_dict({name: part[1:] for name, part in state.items()})        # the second seed's
     np.testing.assert_allclose(written["theta"], G(torch.tensor([[75.0, -20.0]]) / 200).detach(), atol=1e-6)
-    for options, message in ((["--policy-hidden", 32], "has --policy-hidden 16, not 32"),
+    env, asked = P.environment(cfg, CPU), json.loads((tmp_path / "b" / "summary.json").read_text())["per_seed"][0]
+    starts = torch.rand(1, cfg.eval_episodes, 1, generator=P.stream(1, 10, CPU))
+    mean, std = torch.tensor(written["mean"]), torch.tensor(written["std"])    # the file alone plays the policy
+    for i, c in enumerate((75.0, -20.0)):
+        theta = torch.tensor(written["theta"][0, i])
+        act = lambda obs: written["limit"].item() * P.policy_forward(theta.expand(len(obs), -1), obs[:, None],
+                                                                     tuple(written["sizes"].tolist()))[:, 0]
+        assert P.rollout(env, act, (mean, std), starts)[0].mean().item() == pytest.approx(
+            asked["headline"][f"asked_{c}"], abs=1e-3)
+    for options, message in ((["--policy-hidden", 32], "has --policy-hidden 16, not 32"), (["--z-dim", 4], "--z-dim 8"),
+                             (["--horizon", 50], "--horizon 100"), (["--seed", 3], "2 seed(s)"),
                              (["--env", "Swimmer"], "has --env MountainCarContinuous"), (["--seed", 9], "2 seed(s)")):
         status, _, error = run_here(capsys, *SMOKE, "--ask", 5, "--checkpoint", path, *options, "--out", tmp_path / "c")
         assert status == 2 and message in error and not (tmp_path / "c").exists()
@@ -651,11 +817,12 @@ def test_asking_needs_no_folder_of_its_own(tmp_path, capsys, monkeypatch):
         assert (tmp_path / "runs" / "policy_gen" / f"smoke-seed0-ask{asked}" / "policies.npz").exists()
 
 
-def test_resume_after_kill_equals_uninterrupted(tmp_path, script):
+@pytest.mark.parametrize("moment", ["generator 3/", "hindsight 4/"])
+def test_resume_after_kill_equals_uninterrupted(moment, tmp_path, script):
     options = [*SMOKE, "--num-seeds", 2, "--iterations", 8]
     whole = script("policy_gen.py", *options, "--out", tmp_path / "whole", wait=False)   # beside the other
     process = script("policy_gen.py", *options, "--out", tmp_path / "cut", wait=False)
-    while "hindsight 4/" not in process.stdout.readline():
+    while moment not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -682,9 +849,9 @@ def test_two_processes_equal_one(tmp_path, capsys, script):
 @pytest.mark.parametrize("options, message", [
     (["--polices", 3], "--polices"), (["--policy-hidden", 40], "not a multiple of --slice-size 16"),
     (["--env", "Hopper"], "no environment 'Hopper': MountainCarContinuous"), (["--ask", "nan", "--checkpoint", "x"], "finite"),
-    (["--ask", "high", "--checkpoint", "x"], "finite"), (["--ask", 75], "go together"), (["--noise", -1], "--noise must be"),
+    (["--ask", "high", "--checkpoint", "x"], "finite"), (["--ask", 75], "go together"), (["--ask", ","], "finite"), (["--ask", "1e30"], "finite"), (["--noise", -1], "--noise must be"),
     (["--ask", 75, "--checkpoint", "none.pt"], "none.pt is missing"), (["--env", "gym:NoSuch-v0"], "NoSuch"),
-    (["--env", "gym:CartPole-v1"], "needs continuous actions")])
+    (["--env", "gym:CartPole-v1"], "continuous actions"), (["--env", "gym:Blackjack-v1"], "flat observations")])
 def test_bad_options(options, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, error = run_here(capsys, *SMOKE, *options)
