@@ -70,13 +70,14 @@ DIFFERS
      all methods and ablations were searched alike on seeds 100-104, in factors of 2 to 3 until the
      best was not at an end; the released betas are run beside them.
   2. RC-GVF's predictor is deeper, doubled and on the lock trained at twice RND's rate, as in
-     [code]: comparing with RND does not separate the bonus from that. The ablations do, within
-     RC-GVF.
+     [code]: comparing with RND does not separate the bonus from that.
   3. Mistakes of [code] that are not repeated: NovelD's targets shifted against its samples; the
      farthest column counted before the step, which never reads H.
-  4. On MiniGrid [code] lets only the predictor's rate fall, we (--preset paper) both.
+  4. On MiniGrid [code] lets only the predictor's rate fall, we (--preset paper) both, once an
+     update. Its NovelD divides by episodic counts; here --counts does so for all methods, or none.
   5. The baseline AGAC, and bonuses from counts alone, are left out. MultiRoom-N4-S5 here has four
-     rooms (the package's v1). quick's MiniGrid has smaller curiosity networks than the paper.
+     rooms, ObstructedMaze-2Dlhb fair levels (both the package's v1). On MiniGrid quick has smaller
+     curiosity networks, more environments, a larger rate and entropy, and betas of its own.
   6. torchrun shares minibatches out; every process makes the same rollouts.
 
 RUN
@@ -121,7 +122,7 @@ SETTINGS = {   # of a task at a scale, for options left at -1; paper: the offici
         horizon=100, frames=20_000_000, envs=16, rollout=100, minibatch=200, epochs=5, recurrence=1,
         learning_rate=5e-4, rcgvf_rate=0.5, rnd_rate=0.25, entropy_coefficient=0.01, grad_norm=2.5,
         hidden=256, cumulants=128, predictor_hidden=256, feature_hidden=128, beta_rcgvf=20.0,
-        beta_rnd=0.5, beta_noveld=0.5, anneal=100_000_000),
+        beta_rnd=0.5, beta_noveld=0.5, anneal=100_000_000),    # NovelD's: ours, as RND's
     ("minigrid", "small"): dict(
         frames=800_000, envs=64, rollout=32, minibatch=512, epochs=4, recurrence=4,
         learning_rate=1e-3, rcgvf_rate=0.75, rnd_rate=0.75, entropy_coefficient=1e-3, grad_norm=0.5,
@@ -208,8 +209,16 @@ class Config:
                                  + f" and at most {high.get(name, 'finite')}, not {value}")
         if self.task == "lock" and self.horizon < 2:
             raise ValueError(f"--horizon must be at least 2, not {self.horizon}")
-        if self.task == "lock" and self.panorama or self.first_visit and not self.counts:
-            raise ValueError("--panorama is for --task minigrid, --first-visit goes with --counts")
+        if self.task == "lock" and (self.panorama or self.counts):
+            raise ValueError("--panorama and --counts are for --task minigrid")
+        if self.first_visit and not self.counts:
+            raise ValueError("--first-visit goes with --counts")
+        if self.task == "minigrid" and (self.cumulants % 4 or self.hidden % 4):
+            raise ValueError("--cumulants and --hidden must be multiples of 4 on MiniGrid, not "
+                             f"{self.cumulants} and {self.hidden}")
+        if 1 < self.recurrence and 2 * self.recurrence > self.rollout:
+            raise ValueError(f"--recurrence {self.recurrence} is more than half of --rollout "
+                             f"{self.rollout}")
         if self.rollout % self.recurrence or self.minibatch % self.recurrence:
             raise ValueError(f"--recurrence {self.recurrence} must divide --rollout {self.rollout} "
                              f"and --minibatch {self.minibatch}")
@@ -416,9 +425,11 @@ def multi_room_level(levels, rooms, largest):
     in 8 tries sends its whole level back to the start."""
     box = torch.zeros(levels.n, rooms, 4, dtype=torch.long, device=levels.device)  # x, y, w, h
     door = torch.zeros(levels.n, rooms, 2, dtype=torch.long, device=levels.device)
-    todo = torch.arange(levels.n, device=levels.device)
+    todo, rounds = torch.arange(levels.n, device=levels.device), 0
     while len(todo):
-        n = len(todo)
+        n, rounds = len(todo), rounds + 1
+        if rounds > 20_000:
+            raise ValueError(f"found no place for {rooms} rooms of up to {largest} cells")
         random = lambda low, high, *more: levels.integers(low, high, (n, *more))
         new, doors = torch.zeros_like(box[todo]), torch.zeros_like(door[todo])
         entry = torch.full((n,), 2, device=levels.device)    # sides: right, bottom, left, top
@@ -1201,8 +1212,10 @@ def draw_level(cfg, seed=0):
     env = MiniGrid(cfg.env, 1, [stream(seed, 21, "cpu")])
     place = lambda index: [index // env.stride - MARGIN, index % env.stride - MARGIN]
     seen = (env.at + env.view[env.direction])[0][env.see(env.direction).flatten() > 0]
+    seen = [[x, y] for x, y in map(place, seen.tolist())
+            if 0 <= x < env.width and 0 <= y < env.height]
     return {"grid": decode(env.grid[0]).tolist(), "agent": place(env.at.item()),
-            "direction": env.direction.item(), "seen": [place(index) for index in seen.tolist()]}
+            "direction": env.direction.item(), "seen": seen}
 
 
 def measure_speed(cfg, run):
@@ -1267,8 +1280,9 @@ def stages(cfg):
               "disagreement only": ("rcgvf", 10.0, {"bonus": "disagreement"}),
               "gamma_z = 0": ("rcgvf", 10_000.0, {"gamma_z": 0.0})}
     chosen = {METHODS[name]: (name, betas[name], {}) for name in cfg.methods.split(",")}
-    return chosen | {name: stage for name, stage in extras.items() if cfg.extras
-                     and cfg.task == "lock" and METHODS[stage[0]] in chosen}
+    fits = cfg.extras and (cfg.task, cfg.scale, cfg.bonus) == ("lock", "small", "product")
+    return chosen | {name: stage for name, stage in extras.items()
+                     if fits and METHODS[stage[0]] in chosen}
 
 
 def plan(cfg, flops_per_second):
@@ -1288,7 +1302,7 @@ def plan(cfg, flops_per_second):
 def experiment(cfg, run):
     """Train all methods, compare -> {"per_seed": a dictionary a seed with "headline" numbers,
     "beside": notes for the closing table, "level": for the figure}."""
-    knows = None
+    knows, level = None, draw_level(cfg)
     for order, (stage, (method, beta, changes)) in enumerate(stages(cfg).items()):
         agent, env = train(replace(cfg, **changes), run, stage, order, method, beta)
         if cfg.task == "lock" and stage == "RC-GVF":
@@ -1323,7 +1337,7 @@ def experiment(cfg, run):
                          **({} if knows is None else {"knows": knows[s].tolist()})})
     notes = {name: "  ".join(f"{row['headline'][name]:.3g}" for row in per_seed)
              for name in per_seed[0]["headline"]}
-    return {"per_seed": per_seed, "beside": notes, "columns": columns, "level": draw_level(cfg)}
+    return {"per_seed": per_seed, "beside": notes, "columns": columns, "level": level}
 
 
 # ---- 7. FIGURE ---------------------------------------------------------------------------------
