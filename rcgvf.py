@@ -60,8 +60,9 @@ RESULT
   RC-GVF minus RND, paired: 2.2 [0.8, 3.6] columns; on ten other seeds (10-19) 2.2 [0.6, 3.8], 16.0
   against 13.8, greedy return 6.8 against 1.4. Run on to 300,000 frames it is 1.6 [-0.5, 3.7] on
   seeds 0-4 (seen before the length was set): RND comes after, and there is no column beyond 16.
-  Stalled seeds miss the last two or three columns (panel d). Error and disagreement do as well alone, and gamma_z = 0 not much worse:
-  this world is too simple to tell. RC-GVF's bonus falls 306-fold within 20,000 frames.
+  Stalled seeds miss the last two or three columns (panel d). Error and disagreement do as well
+  alone, and gamma_z = 0 not much worse: this world is too simple to tell. RC-GVF's bonus falls
+  306-fold within 20,000 frames.
   MiniGrid MultiRoom-N4-S5, 800,000 frames, seeds 0-2, 10.4 minutes: return at the end RC-GVF 0.77
   0.77 0.77, RND 0.51 0.77 0.01, PPO 0. paper preset: not run yet.
 
