@@ -1094,8 +1094,8 @@ def ask(cfg, run, env):
 
 # ---- 7. FIGURE ---------------------------------------------------------------------------------
 
-BLUE, ORANGE, GREEN, RED, GREY, PINK, SKY = (                                  # Okabe and Ito
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777", "#CC79A7", "#56B4E9")
+BLUE, ORANGE, GREEN, GREY, PINK, SKY = (                                       # Okabe and Ito
+    "#0072B2", "#E69F00", "#009E73", "#777777", "#CC79A7", "#56B4E9")
 
 
 def plot(summary, path):
