@@ -79,14 +79,29 @@ def test_readme_shows_every_script_and_its_results():
         assert f"{name}.py" in readme and f"results/{name}/figure.png" in readme
         for file in ("figure.png", "summary.json"):
             assert (ROOT / "results" / name / file).exists()
-    for path in re.findall(r"\]\(([^)#:]+)\)", readme) + re.findall(r'src="([^":]+)"', readme):
-        assert (ROOT / path).exists(), path
+    for page in (ROOT / "README.md", ROOT / "results" / "README.md"):
+        text_of_page = page.read_text(encoding="utf-8")
+        for path in re.findall(r"\]\(([^)#:]+)\)", text_of_page) + re.findall(r'(?:src|href)="([^":]+)"', text_of_page):
+            assert (page.parent / path).exists(), path
+    assert 150 <= readme.count("\n") <= 220
+    for name in SCRIPTS:
+        lines = str(text(name).count("\n"))
+        assert re.search(rf"^\| \[{name}\.py\].*\| {lines} \|$", readme, re.M), f"{name}.py has {lines} lines"
+
+
+def test_every_result_is_in_the_long_table():
+    """results/README.md names each folder, with a command that makes it."""
+    page = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    for folder in (path for path in (ROOT / "results").iterdir() if path.is_dir()):
+        assert f"--out results/{folder.name}\n" in page, folder.name
+        assert (folder / "summary.json").exists() and (folder / "figure.png").exists()
 
 
 def test_readme_commands_exist():
     """Every option in a README command is one of the script's."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"(\w+)\.py((?: +--?[\w-]+(?: +[^-\s`#&]\S*)?)+)", readme)
+    readme = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "results/README.md"))
+    readme = readme.replace("\\\n", " ")
+    commands = re.findall(r"(?<!tests/)\b(\w+)\.py((?: +--?[\w-]+(?: +[^-\s`#&]\S*)?)+)", readme)
     assert commands
     for name, options in commands:
         assert name in SCRIPTS, name
