@@ -1683,7 +1683,10 @@ def write(path, save):
         save(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:         # RuntimeError: torch.save, for a full disk
-        die(f"cannot write {path} ({str(error).splitlines()[0]}); what was there is unharmed", 1)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        why = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        die(f"cannot write {path} ({why}); what was there is unharmed", 1)
 
 
 def pack(thing):

@@ -1356,8 +1356,10 @@ def plot(summary, path):
     panels = [plot_farthest, plot_greedy] if lock else [plot_returns]
     panels += [plot_bonus, *([plot_knows] if lock and "knows" in rows[0] else []), plot_final,
                plot_level]
-    figure, axes = plt.subplots(math.ceil(len(panels) / 2), 2, squeeze=False, layout="constrained",
-                                figsize=(12, 4.5 * math.ceil(len(panels) / 2)))
+    columns = 3 if len(panels) > 4 else 2
+    lines = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(lines, columns, squeeze=False, layout="constrained",
+                                figsize=(16 if columns > 2 else 12, 4.5 * lines))
     for letter, axis, panel in zip("abcdef", axes.flat, panels):
         axis.set_title(f"({letter}) {panel(axis, summary, rows)}")
     for axis in axes.flat[len(panels):]:
@@ -1394,7 +1396,7 @@ def plot_farthest(axis, summary, rows):
     axis.plot(x, np.log(np.maximum(x / H, 1)) / np.log(A), "k:", lw=1, label="random, about")
     axis.axhline(H, color="black", ls="--", lw=1, label="the lock is open")
     axis.set(ylabel="farthest column so far")
-    axis.legend(loc="center right")
+    axis.legend(loc="upper left", bbox_to_anchor=(0, 0.95))
     return "Farthest column that any environment has reached"
 
 
@@ -1411,7 +1413,7 @@ def plot_returns(axis, summary, rows):
     """Return of MiniGrid's episodes -> title."""
     plot_column(axis, summary, rows, "return")
     axis.set(ylabel="mean return of episodes that ended")
-    axis.legend(loc="upper left")
+    axis.legend(loc="upper left", bbox_to_anchor=(0, 0.92))
     return "Return while it learns"
 
 
@@ -1479,7 +1481,7 @@ def plot_level(axis, summary, rows):
     (left, top), (right, bottom) = drawn.min(0), drawn.max(0)
     axis.set(xlim=(left - 0.6, right + 0.6), ylim=(bottom + 0.6, top - 0.6))
     axis.set_axis_off()
-    return f"{summary['config']['env']}: the agent (triangle) sees the tinted cells"
+    return f"{summary['config']['env']}: tinted: what the agent sees"
 
 
 # ---- 8. RUN ------------------------------------------------------------------------------------
@@ -1503,7 +1505,10 @@ def write(path, save):
         save(part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:         # RuntimeError: torch.save, for a full disk
-        die(f"cannot write {path} ({str(error).splitlines()[0]}); what was there is unharmed", 1)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        why = error.strerror if isinstance(error, OSError) else "is the disk full?"
+        die(f"cannot write {path} ({why}); what was there is unharmed", 1)
 
 
 def pack(thing):
