@@ -156,7 +156,6 @@ class Config:
     clip: float = 1.0                # bound on the gradient norm of each run [G23 code]
     simulate_steps: int = 600        # fits of the maps between state machines
     eval_sequences: int = 1000       # test sequences a seed and task
-    measure_speed: bool = True       # time the hot paths and the paper's shapes at the end (40 s)
     seed: int = 0                    # first seed
     num_seeds: int = 1               # seeds trained side by side: seed, seed + 1, ...
     log_every: int = 50              # steps between evaluations
@@ -197,7 +196,7 @@ PRESETS = {
                   predict_hidden=16, bandit_steps=20, thompson_steps=20, bandit_batch=32,
                   bandit_length=16, bandit_hidden=16, sources="ptw,lin", switch_length=16,
                   switch_steps=20, switch_batch=16, switch_hidden=16, simulate_steps=30,
-                  eval_sequences=100, measure_speed=False, log_every=10, save_every=10),
+                  eval_sequences=100, log_every=10, save_every=10),
     "quick": dict(),
     "paper": dict(predict_steps=100_000, bandit_steps=20_000, thompson_steps=20_000,
                   bandit_length=50, bandit_batch=1024, bandit_rate=1e-3,
@@ -1361,31 +1360,6 @@ def evaluate_switching(cfg, run):
     return rows
 
 
-def measure_speed(cfg, run):
-    """Rates of eager training steps: of an LSTM with this run's and the paper's shapes, all
-    sources in one stack, with what sampling adds; of each model with the paper's."""
-    few, device, rates = 16 if run.device.type == "cpu" else 128, run.device, {}
-    for name, model, copies, B, T in (
-            ("this_run", "lstm", len(run.seeds), cfg.switch_batch, cfg.switch_length),
-            ("paper_sources", "lstm", 1, 128, 256),
-            *((f"paper_{model}", model, 1, few, 256) for model in MODELS)):
-        sources = SOURCES[:1] if name == f"paper_{model}" else SOURCES[1:]
-        generators = [stream(0, 99, device)] * copies
-        width = 64 if "transformer" in model else 128
-        network = build(model, 2, 2, cfg.switch_hidden if name == "this_run" else width,
-                        [stream(0, 60, "cpu")] * copies * len(sources), 5, 8).to(device)
-        parameters = [*network.parameters()]
-        adam = torch.optim.Adam(parameters, fused=True)
-        draw = lambda: torch.stack([sample_source(source, B, T, generators)[0]
-                                    for source in sources], 1).flatten(0, 1)   # (S, B, T)
-        x = draw()
-        data, step = median_seconds(device, [draw, lambda: meta_step(
-            prediction_loss(network, COIN, x), parameters, adam, cfg.clip, run)], repeats=3)
-        rates[name] = {"sequences_per_second": x.shape[0] * B / (data + step),
-                       "end_to_end_over_step": 1 + data / step}
-    return rates
-
-
 def plan(cfg, flops_per_second):
     """What a run of `cfg` does and how long it should take at this rate of matrix products."""
     def seconds(copies, steps, B, T, H):
@@ -1427,9 +1401,6 @@ def experiment(cfg, run):
     if chosen(cfg.sources):
         for row, result in zip(per_seed, evaluate_switching(cfg, run)):
             row |= result
-    if cfg.measure_speed:
-        with run.clock("evaluation"):
-            run.rates.update(measure_speed(cfg, run))
     for row in per_seed:
         row["headline"] = headline(cfg, row) | row["headline"]
         row["history"] = {f"{r['stage']}|{r['task']}": [] for r in run.rows}

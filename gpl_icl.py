@@ -67,7 +67,7 @@ DIFFERS
      From memory of it: the form of `random`, of the outer-product LSTM, and label bias 0.9.
   7. Left out: the paper's VSML and MAML rows, its heat maps over model sizes, Omniglot, CIFAR10,
      SVHN and ResNet features; `--features FILE.npz` takes any embedding of yours.
-  8. Longer than its siblings should be: four models and two kinds of real and drawn data are in it.
+  8. Long, for four models and both real and drawn data are in it.
 
 RUN
   python gpl_icl.py                                 glyphs drawn from fonts: no files, no network
@@ -145,7 +145,6 @@ class Config:
     clip: float = 1.0                # bound on the gradient norm of each run
     bf16: bool = False               # bfloat16 autocast of the model (GPU)
     eval_sequences: int = 512        # meta-test sequences a seed and data set
-    measure_speed: bool = True       # time the data and the paper's shapes at the end (30 s)
     seed: int = 0                    # first seed
     num_seeds: int = 1               # seeds trained side by side: seed, seed + 1, ...
     log_every: int = 50              # steps between evaluations
@@ -171,7 +170,7 @@ class Config:
 
 PRESETS = {
     "smoke": dict(length=12, batch=8, d_model=32, steps=15, warmup=5, sweep="", plateau=False,
-                  baselines=False, eval_sequences=64, measure_speed=False, log_every=5,
+                  baselines=False, eval_sequences=64, log_every=5,
                   save_every=5),
     "quick": dict(),
     "paper": dict(dataset="mnist", unseen="fashion_mnist", image_size=28, center="global",
@@ -843,36 +842,6 @@ def reference_curves(tests, validation):
                    for rule in rules} for name, (x, y) in tests.items()}
 
 
-def measure_speed(cfg, data, run):
-    """Rates and ratios of the learner of this configuration and of the paper's shapes."""
-    device, rates, size = run.device, {}, 32 if run.device.type == "cpu" else 512
-    noise = Dataset(torch.randn(2000, 784, device=device), data.y.new_zeros(2000), 10)
-    for name, source, shape in (
-            ("this_run", data, (cfg.batch, cfg.length, cfg.d_model, cfg.layers, cfg.heads)),
-            ("paper_shapes", noise, (size, 100, 256, 4, 8))):
-        (batch, length, width, layers, heads), n_in = shape, source.x.shape[1]
-        build = lambda: Transformer(n_in, source.classes, length, width, layers, heads)
-        _, params, adam, loss_function = learner(cfg, run, build, [0], 1)
-        generators, kinds = [torch.Generator(device)], [Variant("", 0, cfg.burst)]
-        sample = lambda: sample_batch(source, kinds, [0], generators, batch, length)
-        x, y = sample()
-        square = torch.randn(2048, 2048, device=device)
-        step, data_path, product, gram, matrices = median_seconds(device, [
-            lambda: meta_step(loss_function, params, adam, x, y, cfg.clip, run), sample,
-            lambda: square @ square, lambda: gram_projection(x[0]),
-            lambda: x[0] @ torch.randn(batch, n_in, n_in, device=device)], repeats=9)
-        weights = sum(p.numel() for p in params.values()) - length * width
-        flops = 6 * batch * length * (weights + layers * length * width)       # causal attention
-        rates[name] = {"sequences_per_second": batch / (step + data_path),
-                       "model_sequences_per_second": batch / step,
-                       "data_share_of_step": data_path / (step + data_path),
-                       "model_flops_per_second": flops / step,
-                       "product_flops_per_second": 2 * 2048**3 / product,
-                       "model_share_of_product_rate": flops * product / step / (2 * 2048**3),
-                       "gram_speedup_over_matrices": matrices / gram}
-    return rates
-
-
 def plan(cfg, flops_per_second):
     """What a run of `cfg` does and how long it should take at this rate of matrix products."""
     small = len(cfg.sweep.split(",")) * bool(cfg.sweep) + 5 * cfg.plateau
@@ -949,9 +918,6 @@ def experiment(cfg, run):
         meta_train("outer-product LSTM", lambda: OuterProductLSTM(
             n_in, cfg.classes, 4, max(1, width // 4)), general, steps)
         meta_train("MLP", lambda: MLP(n_in, cfg.classes, 4 * width), finite[:1] + general, steps)
-    if cfg.measure_speed:
-        with run.clock("evaluation"):
-            run.rates.update(measure_speed(cfg, data[0], run))
     per_seed = [seed_summary(run, i, results, references) for i in range(len(run.seeds))]
     return {"per_seed": per_seed, "beside": beside(cfg, per_seed),
             "models": {stage: result["size"] for stage, result in results.items()}}

@@ -111,7 +111,6 @@ import torch
 import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 # ---- 1. CONFIGURATION --------------------------------------------------------------------------
@@ -147,7 +146,6 @@ class Config:
     ars_step: float = 0.02           # step size of ARS, alpha
     ars_noise: float = 0.3           # perturbation of ARS, nu
     eval_episodes: int = 4           # episodes of each noise-free policy that is tested
-    measure_speed: bool = True       # time updates and rollouts at the end
     ask: str = ""                    # only write the policies for these returns: 75 or =-20,50
     checkpoint: str = ""             # of the generator to ask
     seed: int = 0                    # first seed
@@ -187,7 +185,7 @@ class Config:
 
 PRESETS = {
     "smoke": dict(iterations=3, policies=2, policy_hidden=16, hyper_hidden=16, probes=4,
-                  evaluator_hidden=16, horizon=100, eval_episodes=2, measure_speed=False,
+                  evaluator_hidden=16, horizon=100, eval_episodes=2,
                   log_every=1, save_every=1),
     "quick": dict(),
     "paper": dict(env="Swimmer", iterations=3000, policies=1, command_mix=0.0, increment=20.0,
@@ -907,79 +905,6 @@ def ars(cfg, run, env, order=5, directions=8, top=4):
     return best, rollout(env, act(last), normaliser.moments(), noise)[0].mean(1)
 
 
-def measure_speed(cfg, run):
-    """One episode's updates at the paper's sizes, for 1 and 8 seeds; rollouts of n different
-    policies, beside Gymnasium's where it is installed. On a CPU, of one core."""
-    device, rates, threads = run.device, {}, torch.get_num_threads()
-    torch.set_num_threads(1)
-    for S in (1, 8):
-        update, flops, product = paper_update(run, S)
-        rates[f"paper_update_{S}_seeds"] = {"seconds_per_seed": update / S,
-                                            "share_of_product_rate": flops / update / product}
-    for kind in ("Swimmer", "InvertedPendulum"):
-        env = environment(Config(env=kind, horizon=20), device)
-        sizes = policy_sizes(env, 32)
-        for n in (1, 16, 64, 1024):
-            policies = 0.1 * torch.randn(1, n, policy_size(sizes), device=device)
-            moments = [torch.full((1, sizes[0]), value, device=device) for value in (0.0, 1.0)]
-            play = lambda step: rollout(env, follow(policies, env, sizes), moments, starts, step)
-            starts = torch.rand(1, n, env.draws, device=device)
-            steps = {"eager": env.step} | ({"compiled": run.compile(env.step)} if run.compiled
-                                           else {})
-            seconds = median_seconds(device, [lambda step=step: play(step)
-                                              for step in steps.values()], repeats=3)
-            rates[f"{kind}_steps_per_second_n{n}"] = {
-                name: env.horizon * n / part for name, part in zip(steps, seconds)}
-        rates |= gymnasium_rate(kind, sizes)
-    torch.set_num_threads(threads)
-    return rates
-
-
-def paper_update(run, S):
-    """The 4 + 19 steps of one episode -> their seconds, their flops (products alone), and the flops
-    a second of one large product."""
-    alone, env = copy.copy(run), environment(Config(env="Swimmer"), run.device)
-    alone.seeds, sizes = list(range(S)), policy_sizes(env, 256)
-    big = Config(env="Swimmer", policy_hidden=256, hyper_hidden=256, probes=200,
-                 evaluator_hidden=256)
-    generator, evaluator = networks(big, env, alone)
-    of_g, of_v = [*generator.parameters()], [*evaluator.parameters()]
-    adam_g, adam_v = torch.optim.Adam(of_g), torch.optim.Adam(of_v)
-    theta, returns = (torch.randn(S, 16, *shape, device=run.device)
-                      for shape in ((policy_size(sizes),), ()))
-    square = torch.randn(2048, 2048, device=run.device)
-    works = [lambda: descend(generator_loss(generator, evaluator, returns, env.scale), of_g,
-                             adam_g, alone),
-             lambda: descend(evaluator_loss(evaluator, theta, returns), of_v, adam_v, alone),
-             lambda: square @ square]
-    flops = []
-    for work in works:
-        with FlopCounterMode(display=False) as counter:
-            work()
-        flops.append(counter.get_total_flops())
-    g, v, product = median_seconds(run.device, works)
-    return 19 * g + 4 * v, 19 * flops[0] + 4 * flops[1], flops[2] / product
-
-
-def gymnasium_rate(kind, sizes, n=64):
-    """Steps a second of Gymnasium's own simulators with n different policies in torch."""
-    try:
-        import gymnasium
-        simulators = gymnasium.make_vec(f"{kind}-v5", n, vectorization_mode="sync")
-    except Exception:                                        # not installed
-        return {}
-    layers = split_policy(0.1 * torch.randn(n, policy_size(sizes)), sizes)
-    obs, _ = simulators.reset(seed=0)
-
-    def play():
-        nonlocal obs
-        for _ in range(20):
-            state = torch.as_tensor(obs, dtype=torch.float32)[:, None]
-            obs = simulators.step(policy_layers(layers, state, 1.0)[:, 0].numpy())[0]
-    seconds, = median_seconds(torch.device("cpu"), [play], repeats=3)
-    return {f"gymnasium_{kind}_steps_per_second_n{n}": 20 * n / seconds}
-
-
 def plan(cfg, flops_per_second):
     """What a run of `cfg` does and how long it should take at this rate of matrix products."""
     h, H, B = cfg.policy_hidden, cfg.hyper_hidden, cfg.batch
@@ -991,7 +916,7 @@ def plan(cfg, flops_per_second):
     force = {"Swimmer": 16, "swimmer_coarse": 2, "InvertedPendulum": 8}.get(cfg.env, 0)
     seconds = learning / (0.4 * flops_per_second) + 0.03 + horizon * (2e-4 + 4e-4 * force)
     runs = 1 + 1.5 * cfg.baselines + 2 * cfg.ablations
-    minutes = 0.3 + cfg.iterations * runs * seconds / 60 + 0.5 * cfg.measure_speed
+    minutes = 0.3 + cfg.iterations * runs * seconds / 60
     if cfg.ask:
         return f"asks a generator for policies of return {cfg.ask}"
     return (f"trains generators of policies for {cfg.env}, {cfg.num_seeds} seed(s), "
@@ -1020,9 +945,6 @@ def experiment(cfg, run):
     if cfg.ablations:
         train(replace(cfg, probes=0), run, "no fingerprint", 3, env, report=(n,))
         train(replace(cfg, recency=0.0), run, "uniform replay", 4, env, report=(n,))
-    if cfg.measure_speed:
-        with run.clock("evaluation"):
-            run.rates.update(measure_speed(cfg, run))
     per_seed = []
     for s, seed in enumerate(run.seeds):
         own = [row for row in run.rows if row["seed"] == seed]

@@ -181,7 +181,6 @@ class Config:
     predictor_hidden: int = -1       # units of RC-GVF's predictors
     feature_hidden: int = -1         # units of the random network, and of RND's predictor
     eval_episodes: int = 96          # greedy episodes of each test on the lock
-    measure_speed: bool = True       # time the environments and updates at the end
     seed: int = 0                    # first seed
     num_seeds: int = 1               # seeds trained side by side: seed, seed + 1, ...
     log_every: int = 8               # updates between lines of the log
@@ -230,7 +229,7 @@ class Config:
 
 PRESETS = {
     "smoke": dict(horizon=5, frames=192, envs=8, rollout=8, minibatch=16, hidden=16, cumulants=8,
-                  predictor_hidden=16, feature_hidden=16, eval_episodes=8, measure_speed=False,
+                  predictor_hidden=16, feature_hidden=16, eval_episodes=8,
                   log_every=1, save_every=1),
     "quick": dict(),
     "paper": dict(scale="paper", extras=False, log_every=100, save_every=500),
@@ -1215,58 +1214,6 @@ def draw_level(cfg, seed=0):
             "direction": env.direction.item(), "seen": seen}
 
 
-def measure_speed(cfg, run):
-    """Steps a second of 4,096 MiniGrids with observations and new levels, beside the minigrid
-    package where it is installed; frames a second of training at the authors' setting for 1 and 5
-    seeds. On a CPU, of one core."""
-    device, rates, threads = run.device, {}, torch.get_num_threads()
-    torch.set_num_threads(1)
-    for name in ("Empty-8x8", "DoorKey-8x8", "MultiRoom-N6", "KeyCorridorS4R3"):
-        generator = stream(0, 22, device)
-        env, n = MiniGrid(name, 4096, [generator]), 300
-        level, = median_seconds(device, [lambda: minigrid_family(name)[3](
-            Levels(4096, env.width, env.height, generator))], 3)
-        env.step_count = torch.randint(env.max_steps, (4096,), device=device)  # ends at all times
-        actions, ended = torch.randint(7, (n, 4096), device=device), 0
-        synchronise(device)
-        start = time.perf_counter()
-        for action in actions:
-            env.observe()
-            _, terminated, truncated = env.step(action)
-            ended = ended + (terminated | truncated).sum()
-        synchronise(device)
-        seconds = time.perf_counter() - start + ended.item() * level / 4096    # and new levels
-        rates[name] = {"steps_per_second": n * 4096 / seconds, **package_rate(name)}
-    big = Config(scale="paper", frames=8 * 1600, log_every=1000)
-    for S in (1, 5):
-        alone = copy.copy(run)
-        alone.seeds, alone.seconds = list(range(S)), {"evaluation": 0}
-        alone.steps, alone.log, alone.watch = (lambda stage, total, state: range(total)), len, len
-        start = time.perf_counter()
-        train(big, alone, "", 0, "rcgvf", 20.0)
-        seconds = time.perf_counter() - start - alone.seconds["evaluation"]
-        rates[f"authors_lock_{S}_seeds"] = {"frames_per_second": S * big.frames / seconds}
-    torch.set_num_threads(threads)
-    return rates
-
-
-def package_rate(name, steps=3000):
-    """Steps a second of the minigrid package itself, observations and resets included."""
-    try:
-        import gymnasium
-        import minigrid                                      # noqa: F401, registers what it has
-        env = gymnasium.make(f"MiniGrid-{name}-v0")
-    except Exception:                                        # not installed
-        return {}
-    env.reset(seed=0)
-    start = time.perf_counter()
-    for action in np.random.default_rng(0).integers(7, size=steps):
-        _, _, terminated, truncated, _ = env.step(action)
-        if terminated or truncated:
-            env.reset()
-    return {"package_steps_per_second": steps / (time.perf_counter() - start)}
-
-
 def stages(cfg):
     """What a run trains: name -> method, beta, changed settings. The betas of the ablations were
     searched like the others, for the small lock."""
@@ -1292,7 +1239,7 @@ def plan(cfg, flops_per_second):
     minutes = len(stages(cfg)) * (work / (0.3 * flops_per_second) + updates * calls) / 60
     what = f"a lock of {cfg.horizon} columns" if cfg.task == "lock" else cfg.env
     return (f"explores {what} with {', '.join(stages(cfg))}: {cfg.num_seeds} seed(s), "
-            f"{cfg.frames:,} frames each: about {minutes + cfg.measure_speed:.1f} min here")
+            f"{cfg.frames:,} frames each: about {minutes:.1f} min here")
 
 
 def experiment(cfg, run):
@@ -1303,9 +1250,6 @@ def experiment(cfg, run):
         agent, env = train(replace(cfg, **changes), run, stage, order, method, beta)
         if cfg.task == "lock" and stage == "RC-GVF":
             knows = opening_probability(cfg, run, agent, env)
-    if cfg.measure_speed:
-        with run.clock("evaluation"):
-            run.rates["speed"] = measure_speed(cfg, run)
     columns = ("frames", *(("farthest", "greedy") if cfg.task == "lock" else ("return",)), "bonus",
                "entropy")
     per_seed = []

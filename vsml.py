@@ -91,7 +91,7 @@ DIFFERS
   7. Left out: LayerNorm ([code] has it in its BPTT setting, with a rate of 1e-3 and a clip of 25),
      convolutions, Omniglot, CIFAR, SVHN, EMNIST, the external-memory baseline, SGD with a hidden
      layer, meta-training on several data sets (the paper's matrix) or on mixed sizes.
-  8. Longer than its siblings should be: two modes, two outer loops and cloning are in it.
+  8. Long, for two modes, two outer loops and cloning are in it.
 
 RUN
   python vsml.py                                                          no files, no network
@@ -174,7 +174,6 @@ class Config:
     eval_length: int = 200           # their examples
     real_lifetimes: int = 16         # the same for real data
     real_length: int = 500           # the same for real data [code: 2000]
-    measure_speed: bool = True       # time the cells at the end (30 s)
     seed: int = 0                    # first seed
     num_seeds: int = 1               # seeds trained side by side: seed, seed + 1, ...
     log_every: int = 10              # steps between lines of the log, at most 100 lines a stage
@@ -211,7 +210,7 @@ class Config:
 PRESETS = {
     "smoke": dict(side=3, classes=3, length=10, batch=4, steps=6, es_steps=3, baseline_steps=4,
                   synapse_steps=4, grid_steps=4, eval_lifetimes=4, eval_length=20,
-                  measure_speed=False, log_every=2, save_every=2),
+                  log_every=2, save_every=2),
     "quick": dict(),
     "paper": dict(dataset="mnist", test="mnist,fashion_mnist", side=28, classes=10, length=500,
                   batch=1024, mode="A", ticks=2, optimizer="es", steps=10_001, learning_rate=0.025,
@@ -1060,50 +1059,6 @@ def evaluate_clone(cfg, run, params):
     return results
 
 
-def measure_speed(run):
-    """Cell ticks a second at I = 784, O = 10, two ticks; the factored form against the naive. On a
-    CPU, of one core."""
-    cfg, device, T, threads = Config(mode="A", ticks=2), run.device, 50, torch.get_num_threads()
-    torch.set_num_threads(1)
-    params = init_params(cfg, [stream(0, 40, device)])
-    copies = 1 if device.type == "cpu" else 16
-    noise = state_noise(cfg, (784, 10), copies, [stream(0, 0, device)])
-    x = torch.randn(1, copies, T, 784, device=device)
-    y = torch.randint(10, (1, copies, T), device=device)
-    hot, layer = run.compile(vsml_step), init_state(cfg, noise)[0]
-    live = lambda params: lifetime_loss(vsml_lifetime(params, x, y, [layer], cfg, hot), y)
-    h, c = (part.permute(0, 2, 4, 3, 1).contiguous() for part in layer[:2])
-    below, above = x[:, None, :, 0], torch.randn(1, 1, copies, 10, device=device)
-    wide = lambda m: F.pad(m.movedim(1, -1), (0, 7))
-
-    @torch.no_grad()
-    def naive(ticks=20):
-        part = h, c
-        for _ in range(ticks):
-            *part, up, down = naive_tick(params, *part, wide(below), wide(above))
-        return part[0], up
-
-    @torch.no_grad()
-    def factored(ticks=20):
-        part, one = layer, replace(cfg, ticks=1)
-        for _ in range(ticks):
-            part = visit(params, part, below, above, one)
-            up = message(params, "up", part.h, cfg)
-        return part.h.permute(0, 2, 4, 3, 1), up.movedim(1, -1)
-    forward, both, slow, fast = median_seconds(device, [
-        torch.no_grad()(lambda: live(params)), lambda: bptt_gradient(live, params), naive,
-        factored])
-    ticks, gap = copies * 7840 * 2 * T, max(
-        (a - b).abs().max().item() for a, b in zip(naive(), factored()))
-    torch.set_num_threads(threads)
-    N, M = cfg.state_size, cfg.message_size
-    per_cell = 2 * N * 4 * N + 2 * 4 * N + N                 # product with h, two sums, mean of h
-    return {"cell_ticks_per_second": {"forward": ticks / forward, "forward_backward": ticks / both},
-            "factored_over_naive": {
-                "speed": slow / fast, "largest_difference": gap, "flops":
-                per_cell / (2 * (2 * M + N) * 4 * N + 4 * N + 2 * (2 * N * M + 2 * M))}}
-
-
 def plan(cfg, flops_per_second):
     """What a run of `cfg` does and how long it should take at this rate of matrix products."""
     rate = flops_per_second / 4e4                # cell ticks a second, forward and backward
@@ -1116,7 +1071,7 @@ def plan(cfg, flops_per_second):
     real = len(list(filter(None, cfg.test.split(","))))
     ticks += 0.4 * 6 * real * cfg.real_lifetimes * cfg.real_length * 7840
     small = 0.02 * (cfg.synapse_steps + cfg.grid_steps) + 0.05 * cfg.baseline_steps    # seconds
-    minutes = 0.5 * cfg.measure_speed + (cfg.num_seeds * ticks / rate + small) / 60
+    minutes = (cfg.num_seeds * ticks / rate + small) / 60
     return (f"meta-trains VSML on {cfg.dataset}, for {cfg.num_seeds} seed(s), in "
             f"{1 + cfg.other_mode} mode(s){', by ES at small size' * bool(cfg.es_steps)}"
             f"{', clones backpropagation' * bool(cfg.synapse_steps)}: about {minutes:.1f} min here")
@@ -1176,9 +1131,6 @@ def experiment(cfg, run):
         params = clone(cfg, run)
         with run.clock("evaluation"):
             cloned = evaluate_clone(cfg, run, params)
-    if cfg.measure_speed:
-        with run.clock("evaluation"):
-            run.rates.update(measure_speed(run))
     per_seed = []
     for s, seed in enumerate(run.seeds):
         row = {"seed": seed, "history": {},

@@ -1,0 +1,272 @@
+"""Rates of the hot paths, beside slower ways to the same numbers: python tests/speed.py [NAME ...] prints JSON.
+
+Ratios are taken in one run, all ways called in turn; on a CPU by one core, where it says so.
+"""
+import copy
+import json
+import pathlib
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+import bayes_meta  # noqa: E402
+import gpl_icl  # noqa: E402
+import policy_gen  # noqa: E402
+import rcgvf  # noqa: E402
+import vsml  # noqa: E402
+
+
+class Machine:
+    """What the functions below need of a script's `run`."""
+    device, world, rank, compiled, seeds = torch.device("cuda" if torch.cuda.is_available() else "cpu"), 1, 0, False, [0]
+    compile = staticmethod(lambda function: function)
+    average = watch = log = staticmethod(lambda *anything: None)
+    share = staticmethod(lambda batch, dim=1: batch)
+    steps = staticmethod(lambda stage, total, state: range(total))
+
+    def clock(self, name):
+        return rcgvf.contextlib.nullcontext()
+
+
+def gpl_icl_speed(cfg, data, run):
+    """Rates and ratios of the learner of this configuration and of the paper's shapes."""
+    device, rates, size = run.device, {}, 32 if run.device.type == "cpu" else 512
+    noise = gpl_icl.Dataset(torch.randn(2000, 784, device=device), data.y.new_zeros(2000), 10)
+    for name, source, shape in (
+            ("this_run", data, (cfg.batch, cfg.length, cfg.d_model, cfg.layers, cfg.heads)),
+            ("paper_shapes", noise, (size, 100, 256, 4, 8))):
+        (batch, length, width, layers, heads), n_in = shape, source.x.shape[1]
+        build = lambda: gpl_icl.Transformer(n_in, source.classes, length, width, layers, heads)
+        _, params, adam, loss_function = gpl_icl.learner(cfg, run, build, [0], 1)
+        generators, kinds = [torch.Generator(device)], [gpl_icl.Variant("", 0, cfg.burst)]
+        sample = lambda: gpl_icl.sample_batch(source, kinds, [0], generators, batch, length)
+        x, y = sample()
+        square = torch.randn(2048, 2048, device=device)
+        step, data_path, product, gram, matrices = gpl_icl.median_seconds(device, [
+            lambda: gpl_icl.meta_step(loss_function, params, adam, x, y, cfg.clip, run), sample,
+            lambda: square @ square, lambda: gpl_icl.gram_projection(x[0]),
+            lambda: x[0] @ torch.randn(batch, n_in, n_in, device=device)], repeats=9)
+        weights = sum(p.numel() for p in params.values()) - length * width
+        flops = 6 * batch * length * (weights + layers * length * width)       # causal attention
+        rates[name] = {"sequences_per_second": batch / (step + data_path),
+                       "model_sequences_per_second": batch / step,
+                       "data_share_of_step": data_path / (step + data_path),
+                       "model_flops_per_second": flops / step,
+                       "product_flops_per_second": 2 * 2048**3 / product,
+                       "model_share_of_product_rate": flops * product / step / (2 * 2048**3),
+                       "gram_speedup_over_matrices": matrices / gram}
+    return rates
+
+
+def vsml_speed(run):
+    """Cell ticks a second at I = 784, O = 10, two ticks; the factored form against the naive. On a
+    CPU, of one core."""
+    cfg, device, T, threads = vsml.Config(mode="A", ticks=2), run.device, 50, torch.get_num_threads()
+    torch.set_num_threads(1)
+    params = vsml.init_params(cfg, [vsml.stream(0, 40, device)])
+    copies = 1 if device.type == "cpu" else 16
+    noise = vsml.state_noise(cfg, (784, 10), copies, [vsml.stream(0, 0, device)])
+    x = torch.randn(1, copies, T, 784, device=device)
+    y = torch.randint(10, (1, copies, T), device=device)
+    hot, layer = run.compile(vsml.vsml_step), vsml.init_state(cfg, noise)[0]
+    live = lambda params: vsml.lifetime_loss(vsml.vsml_lifetime(params, x, y, [layer], cfg, hot), y)
+    h, c = (part.permute(0, 2, 4, 3, 1).contiguous() for part in layer[:2])
+    below, above = x[:, None, :, 0], torch.randn(1, 1, copies, 10, device=device)
+    wide = lambda m: F.pad(m.movedim(1, -1), (0, 7))
+
+    @torch.no_grad()
+    def naive(ticks=20):
+        part = h, c
+        for _ in range(ticks):
+            *part, up, down = vsml.naive_tick(params, *part, wide(below), wide(above))
+        return part[0], up
+
+    @torch.no_grad()
+    def factored(ticks=20):
+        part, one = layer, replace(cfg, ticks=1)
+        for _ in range(ticks):
+            part = vsml.visit(params, part, below, above, one)
+            up = vsml.message(params, "up", part.h, cfg)
+        return part.h.permute(0, 2, 4, 3, 1), up.movedim(1, -1)
+    forward, both, slow, fast = vsml.median_seconds(device, [
+        torch.no_grad()(lambda: live(params)), lambda: vsml.bptt_gradient(live, params), naive,
+        factored])
+    ticks, gap = copies * 7840 * 2 * T, max(
+        (a - b).abs().max().item() for a, b in zip(naive(), factored()))
+    torch.set_num_threads(threads)
+    N, M = cfg.state_size, cfg.message_size
+    per_cell = 2 * N * 4 * N + 2 * 4 * N + N                 # product with h, two sums, mean of h
+    return {"cell_ticks_per_second": {"forward": ticks / forward, "forward_backward": ticks / both},
+            "factored_over_naive": {
+                "speed": slow / fast, "largest_difference": gap, "flops":
+                per_cell / (2 * (2 * M + N) * 4 * N + 4 * N + 2 * (2 * N * M + 2 * M))}}
+
+
+def bayes_meta_speed(cfg, run):
+    """Rates of eager training steps: of an LSTM with this run's and the paper's shapes, all
+    sources in one stack, with what sampling adds; of each model with the paper's."""
+    few, device, rates = 16 if run.device.type == "cpu" else 128, run.device, {}
+    for name, model, copies, B, T in (
+            ("this_run", "lstm", len(run.seeds), cfg.switch_batch, cfg.switch_length),
+            ("paper_sources", "lstm", 1, 128, 256),
+            *((f"paper_{model}", model, 1, few, 256) for model in bayes_meta.MODELS)):
+        sources = bayes_meta.SOURCES[:1] if name == f"paper_{model}" else bayes_meta.SOURCES[1:]
+        generators = [bayes_meta.stream(0, 99, device)] * copies
+        width = 64 if "transformer" in model else 128
+        network = bayes_meta.build(model, 2, 2, cfg.switch_hidden if name == "this_run" else width,
+                        [bayes_meta.stream(0, 60, "cpu")] * copies * len(sources), 5, 8).to(device)
+        parameters = [*network.parameters()]
+        adam = torch.optim.Adam(parameters, fused=True)
+        draw = lambda: torch.stack([bayes_meta.sample_source(source, B, T, generators)[0]
+                                    for source in sources], 1).flatten(0, 1)   # (S, B, T)
+        x = draw()
+        data, step = bayes_meta.median_seconds(device, [draw, lambda: bayes_meta.meta_step(
+            bayes_meta.prediction_loss(network, bayes_meta.COIN, x), parameters, adam, cfg.clip, run)], repeats=3)
+        rates[name] = {"sequences_per_second": x.shape[0] * B / (data + step),
+                       "end_to_end_over_step": 1 + data / step}
+    return rates
+
+
+def rcgvf_speed(cfg, run):
+    """Steps a second of 4,096 MiniGrids with observations and new levels, beside the minigrid
+    package where it is installed; frames a second of training at the authors' setting for 1 and 5
+    seeds. On a CPU, of one core."""
+    device, rates, threads = run.device, {}, torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name in ("Empty-8x8", "DoorKey-8x8", "MultiRoom-N6", "KeyCorridorS4R3"):
+        generator = rcgvf.stream(0, 22, device)
+        env, n = rcgvf.MiniGrid(name, 4096, [generator]), 300
+        level, = rcgvf.median_seconds(device, [lambda: rcgvf.minigrid_family(name)[3](
+            rcgvf.Levels(4096, env.width, env.height, generator))], 3)
+        env.step_count = torch.randint(env.max_steps, (4096,), device=device)  # ends at all times
+        actions, ended = torch.randint(7, (n, 4096), device=device), 0
+        rcgvf.synchronise(device)
+        start = time.perf_counter()
+        for action in actions:
+            env.observe()
+            _, terminated, truncated = env.step(action)
+            ended = ended + (terminated | truncated).sum()
+        rcgvf.synchronise(device)
+        seconds = time.perf_counter() - start + ended.item() * level / 4096    # and new levels
+        rates[name] = {"steps_per_second": n * 4096 / seconds, **package_rate(name)}
+    big = rcgvf.Config(scale="paper", frames=8 * 1600, log_every=1000)
+    for S in (1, 5):
+        alone = copy.copy(run)
+        alone.seeds, alone.seconds = list(range(S)), {"evaluation": 0}
+        alone.steps, alone.log, alone.watch = (lambda stage, total, state: range(total)), len, len
+        start = time.perf_counter()
+        rcgvf.train(big, alone, "", 0, "rcgvf", 20.0)
+        seconds = time.perf_counter() - start - alone.seconds["evaluation"]
+        rates[f"authors_lock_{S}_seeds"] = {"frames_per_second": S * big.frames / seconds}
+    torch.set_num_threads(threads)
+    return rates
+
+
+def package_rate(name, steps=3000):
+    """Steps a second of the minigrid package itself, observations and resets included."""
+    try:
+        import gymnasium
+        import minigrid  # noqa: F401, registers what it has
+        env = gymnasium.make(f"MiniGrid-{name}-v0")
+    except Exception:                                        # not installed
+        return {}
+    env.reset(seed=0)
+    start = time.perf_counter()
+    for action in np.random.default_rng(0).integers(7, size=steps):
+        _, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            env.reset()
+    return {"package_steps_per_second": steps / (time.perf_counter() - start)}
+
+
+def policy_gen_speed(cfg, run):
+    """One episode's updates at the paper's sizes, for 1 and 8 seeds; rollouts of n different
+    policies, beside Gymnasium's where it is installed. On a CPU, of one core."""
+    device, rates, threads = run.device, {}, torch.get_num_threads()
+    torch.set_num_threads(1)
+    for S in (1, 8):
+        update, flops, product = paper_update(run, S)
+        rates[f"paper_update_{S}_seeds"] = {"seconds_per_seed": update / S,
+                                            "share_of_product_rate": flops / update / product}
+    for kind in ("Swimmer", "InvertedPendulum"):
+        env = policy_gen.environment(policy_gen.Config(env=kind, horizon=20), device)
+        sizes = policy_gen.policy_sizes(env, 32)
+        for n in (1, 16, 64, 1024):
+            policies = 0.1 * torch.randn(1, n, policy_gen.policy_size(sizes), device=device)
+            moments = [torch.full((1, sizes[0]), value, device=device) for value in (0.0, 1.0)]
+            play = lambda step: policy_gen.rollout(env, policy_gen.follow(policies, env, sizes), moments, starts, step)
+            starts = torch.rand(1, n, env.draws, device=device)
+            steps = {"eager": env.step} | ({"compiled": run.compile(env.step)} if run.compiled
+                                           else {})
+            seconds = policy_gen.median_seconds(device, [lambda step=step: play(step)
+                                              for step in steps.values()], repeats=3)
+            rates[f"{kind}_steps_per_second_n{n}"] = {
+                name: env.horizon * n / part for name, part in zip(steps, seconds)}
+        rates |= gymnasium_rate(kind, sizes)
+    torch.set_num_threads(threads)
+    return rates
+
+
+def paper_update(run, S):
+    """The 4 + 19 steps of one episode -> their seconds, their flops (products alone), and the flops
+    a second of one large product."""
+    alone, env = copy.copy(run), policy_gen.environment(policy_gen.Config(env="Swimmer"), run.device)
+    alone.seeds, sizes = list(range(S)), policy_gen.policy_sizes(env, 256)
+    big = policy_gen.Config(env="Swimmer", policy_hidden=256, hyper_hidden=256, probes=200,
+                 evaluator_hidden=256)
+    generator, evaluator = policy_gen.networks(big, env, alone)
+    of_g, of_v = [*generator.parameters()], [*evaluator.parameters()]
+    adam_g, adam_v = torch.optim.Adam(of_g), torch.optim.Adam(of_v)
+    theta, returns = (torch.randn(S, 16, *shape, device=run.device)
+                      for shape in ((policy_gen.policy_size(sizes),), ()))
+    square = torch.randn(2048, 2048, device=run.device)
+    works = [lambda: policy_gen.descend(policy_gen.generator_loss(generator, evaluator, returns, env.scale), of_g,
+                             adam_g, alone),
+             lambda: policy_gen.descend(policy_gen.evaluator_loss(evaluator, theta, returns), of_v, adam_v, alone),
+             lambda: square @ square]
+    flops = []
+    for work in works:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        flops.append(counter.get_total_flops())
+    g, v, product = policy_gen.median_seconds(run.device, works)
+    return 19 * g + 4 * v, 19 * flops[0] + 4 * flops[1], flops[2] / product
+
+
+def gymnasium_rate(kind, sizes, n=64):
+    """Steps a second of Gymnasium's own simulators with n different policies in torch."""
+    try:
+        import gymnasium
+        simulators = gymnasium.make_vec(f"{kind}-v5", n, vectorization_mode="sync")
+    except Exception:                                        # not installed
+        return {}
+    layers = policy_gen.split_policy(0.1 * torch.randn(n, policy_gen.policy_size(sizes)), sizes)
+    obs, _ = simulators.reset(seed=0)
+
+    def play():
+        nonlocal obs
+        for _ in range(20):
+            state = torch.as_tensor(obs, dtype=torch.float32)[:, None]
+            obs = simulators.step(policy_gen.policy_layers(layers, state, 1.0)[:, 0].numpy())[0]
+    seconds, = policy_gen.median_seconds(torch.device("cpu"), [play], repeats=3)
+    return {f"gymnasium_{kind}_steps_per_second_n{n}": 20 * n / seconds}
+
+
+def main(names):
+    """Print the rates of the scripts named, or of all."""
+    run = Machine()
+    settings = {"gpl_icl": lambda: gpl_icl_speed(gpl_icl.Config(), gpl_icl.load_dataset("glyph_digits", gpl_icl.Config(), run.device)[0], run),
+                "vsml": lambda: vsml_speed(run), "bayes_meta": lambda: bayes_meta_speed(bayes_meta.Config(), run),
+                "rcgvf": lambda: rcgvf_speed(rcgvf.Config(), run), "policy_gen": lambda: policy_gen_speed(policy_gen.Config(), run)}
+    for name in names or settings:
+        print(json.dumps({name: settings[name]()}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
