@@ -1157,6 +1157,8 @@ def pack(thing):
         return [pack(value) for value in thing]
     if isinstance(thing, torch.Generator):
         return thing.get_state()
+    if isinstance(thing, torch.Tensor):
+        return thing.detach()
     return pack(thing.state_dict()) if hasattr(thing, "state_dict") else thing
 
 

@@ -627,7 +627,8 @@ def bptt_gradient(loss_function, params):
     """-> gradient {name: (S, ...)} through the whole lifetime, losses (S,)."""
     losses = loss_function(params)
     grads = torch.autograd.grad(losses.sum(), params.values(), materialize_grads=True)
-    return dict(zip(params, grads)), losses.detach()         # zeros for what one layer cannot use
+    gradient = {name: g.detach() for name, g in zip(params, grads)}            # zeros for what one
+    return gradient, losses.detach()                         # layer cannot use
 
 
 @torch.no_grad()
@@ -1356,6 +1357,8 @@ def pack(thing):
         return [pack(value) for value in thing]
     if isinstance(thing, torch.Generator):
         return thing.get_state()
+    if isinstance(thing, torch.Tensor):
+        return thing.detach()
     return pack(thing.state_dict()) if hasattr(thing, "state_dict") else thing
 
 
