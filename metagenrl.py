@@ -73,9 +73,9 @@ DIFFERS
   1. quick: tasks and networks for minutes on a CPU, discount 0.9, 8 copies of an environment an
      agent, smaller batches, larger rates of critics and objective (whose rate falls), output layers
      that start small, more noise, strongpend's rewards times 0.2; at first an agent acts at random
-     and learns nothing, then its critics learn, then its policy. Two more changes are needed at this
-     size: the inner gradient is clipped (without, scores of 0.73 to 0.83), and agents are replaced
-     after every 440 iterations, so that there are always young ones (0.42 to 1.04). Of two others
+     and learns nothing, then its critics learn, then its policy. Two more changes are needed at
+     this size: the inner gradient is clipped (without, scores of 0.73 to 0.83), and agents are
+     replaced after every 440 iterations, to have young ones always (0.42 to 1.04). Of two others
      one would do: L is blind to the sign of (a, pi), else it may push all actions one way, and two
      of eight agents learn by DDPG for good (without both one seed of five failed). alpha is
      averaged. The paper preset has none of these.
