@@ -48,7 +48,7 @@ SYMBOLS
   A, H        lock_actions, horizon                         actions and columns of the lock
 
 RESULT
-  quick, a lock of 16 columns, 250,000 frames, seeds 0-4, 3.0 minutes for all nine runs on 2 CPU
+  quick, a lock of 16 columns, 250,000 frames, seeds 0-4, 3.4 minutes for all nine runs on 2 CPU
   cores (AMD EPYC); mean with its 95 % interval:
                       farthest column      greedy return (optimum 9), each seed
     RC-GVF            15.8 [15.2, 16.4]     8.9   9.0   0.2   9.0  -0.8     opened by 4 of 5 seeds
