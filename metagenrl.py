@@ -66,7 +66,6 @@ RESULT
   Classic control (command in results/README.md), meta-trained on swingup and pointmass, 3 seeds,
   16.1 minutes: never seen reacher 0.78 [0.46, 1.11], acrobot 0.96 [0.90, 1.02], cartpole 1.3
   [-0.1, 2.7], but pendulum -0.04 [-0.39, 0.31], where REINFORCE has 0.81.
-  The paper (its table, recalled: approximate): Hopper, unseen, 2,360; DDPG 2,720, REINFORCE 1,800.
   paper preset (one GPU): not run yet.
 
 DIFFERS
@@ -1069,7 +1068,7 @@ class Agents:
         self.obs, self.action = zeros(E, slots, H + 1, worlds.O), zeros(E, slots, H, worlds.A)
         self.reward, self.terminated = zeros(E, slots, H), zeros(E, slots, H)
         integers = lambda *shape: zeros(*shape, dtype=torch.long)
-        self.lengths = integers(E, slots)                      # of the episodes in the slots
+        self.lengths = integers(E, slots)                    # of the episodes in the slots
         self.slot, self.time, self.episodes = integers(E), integers(E), integers(E)
         self.state = zeros(E, worlds.Z)
         self.place = (torch.arange(n, device=device)[:, None], torch.arange(E, device=device))
@@ -1280,7 +1279,7 @@ def log_training(cfg, run, agents, judge, age, numbers, losses, teacher):
     their lives that learn by L."""
     old = ((age >= cfg.life / 2) & ~teacher).float()[:, 0]
     returns = agents.gather(evaluate(agents, judge))
-    old, J, cosine, norm, loss = map(agents.gather, (old, *numbers, losses))
+    old, cosine, norm, loss = map(agents.gather, (old, *numbers[1:], losses))
     rows = []
     for s, seed in enumerate(run.seeds):
         row = {"seed": seed, "critic_loss": loss[s].mean().item()}
@@ -1500,8 +1499,8 @@ def report(cfg, run, returns, trained_on, grid, push):
 
 # ---- 7. FIGURE ---------------------------------------------------------------------------------
 
-BLUE, ORANGE, GREEN, GREY, PINK, SKY = (                                       # Okabe and Ito
-    "#0072B2", "#E69F00", "#009E73", "#777777", "#CC79A7", "#56B4E9")
+BLUE, ORANGE, GREEN, GREY, PINK = (                                            # Okabe and Ito
+    "#0072B2", "#E69F00", "#009E73", "#777777", "#CC79A7")
 RULES = {"L": BLUE, "DDPG": ORANGE, "REINFORCE": GREEN, "untrained L": GREY}
 
 
