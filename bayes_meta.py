@@ -61,6 +61,7 @@ RESULT
   Architectures (3 seeds): with sinusoidal positions a transformer counts, and is within 3.2 % of
     PTW at T = 64; at T = 256 its regret is 4.2 times PTW's, the LSTM's 1.34, ALiBi's 1.41.
   paper preset (one GPU): not run yet.
+
 DIFFERS
   1. The papers' bodies could not be read again for this program. Tasks, networks and training
      follow the official code of [G23] where marked; the design of the structural comparison
@@ -1477,7 +1478,7 @@ def plot(summary, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-                         "legend.fontsize": 8})
+                         "axes.titlesize": 10, "legend.fontsize": 8})
     rows, panels = summary["per_seed"], []
     if rows[0]["families"]:
         panels += [plot_learning] + [plot_calibration] * bool(summary["points"][0])
@@ -1488,14 +1489,14 @@ def plot(summary, path):
         panels += [plot_sequence, plot_models if several else plot_regret]
     width, height = min(3, len(panels)), math.ceil(len(panels) / 3)
     figure, axes = plt.subplots(height, width, layout="constrained", squeeze=False,
-                                figsize=(16 * width / 3, 4.5 * height))
+                                figsize=(4.6 * width, 3.9 * height))
     for letter, axis, panel in zip("abcdef", axes.flat, panels):
         axis.set_title(f"({letter}) {panel(axis, summary, rows)}")
     for axis in axes.flat[len(panels):]:
         axis.set_axis_off()
     figure.suptitle("Memory-based meta-learning is amortised Bayes. "
                     f"Thin: each of {len(rows)} seed(s); thick: mean")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
@@ -1551,6 +1552,7 @@ def plot_structure(axis, summary, rows):
         kl = np.mean([row["families"][name][key] for row in rows])
         axis.bar(0, 0, color=colour, alpha=0.7, label=f"{label} (KL to Bayes {kl:.1e})")
     axis.set(yscale="log", ylabel="left unexplained: share of variance | KL (nats)")
+    axis.set_ylim(top=3)                                     # room for the legend
     axis.set_xticks([])
     axis.legend()
     return f"Can one machine simulate the other? ({name})"
@@ -1954,9 +1956,11 @@ def show(folder):
     if not isinstance(summary, dict) or SCRIPT not in summary.get("command", ""):
         die(f"nothing to draw: {folder / 'summary.json'} is not a summary of {SCRIPT}")
     plot(summary, folder / "figure.png")
+    width = max(map(len, summary["headline"]))
     for name, row in summary["headline"].items():
         spread = "[{:.4g}, {:.4g}]".format(*row["ci95"]) if row["ci95"] else ""
-        print(f"{name:<32}{row['mean']:<8.4g}{spread:<18} {summary['beside'].get(name, '')}")
+        print(f"{name:<{width}}  {row['mean']:<9.4g} {spread:<18} "
+              f"{summary['beside'].get(name, '')}")
     print(f"{summary['minutes']:.1f} minutes; {folder / 'figure.png'}", flush=True)
 
 

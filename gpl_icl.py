@@ -694,6 +694,8 @@ def meta_step(loss_function, params, adam, x, y, clip, run):
 
 
 # ---- 5. TRAINING -------------------------------------------------------------------------------
+# `run` is the machine, see section 8: run.steps(stage, total, state) counts the steps, restores and
+# saves `state`; run.share(batch) and run.average(tensors) serve several processes.
 
 
 def learner(cfg, run, build, seeds, variants, adam_eps=0.0):
@@ -998,20 +1000,20 @@ def plot(summary, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-                         "legend.fontsize": 8})
+                         "axes.titlesize": 10, "legend.fontsize": 8})
     cfg, rows, models = summary["config"], summary["per_seed"], summary["models"]
     panels = [plot_phases] * bool(cfg["sweep"]) + [plot_learning, plot_plateau]
     panels += [plot_memory] * (len(models) > 1)
     figure, axes = plt.subplots(math.ceil(len(panels) / 2), 2, layout="constrained", squeeze=False,
-                                figsize=(12, 4.5 * math.ceil(len(panels) / 2)))
+                                figsize=(10.4, 4.2 * math.ceil(len(panels) / 2)))
     for letter, axis, panel in zip("abcd", axes.flat, panels):
         axis.set_title(f"({letter}) {panel(axis, cfg, rows, models)}")
     for axis in axes.flat[len(panels):]:
         axis.set_axis_off()
     data = (cfg["features"] or cfg["dataset"]).replace("_", " ")
-    figure.suptitle(f"General-purpose in-context learning, meta-trained on {data}. Thin: each of "
+    figure.suptitle(f"In-context learning, meta-trained on {data}. Thin: each of "
                     f"{len(rows)} seed(s); thick: mean. Late: last third of {cfg['length']}")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
@@ -1041,7 +1043,8 @@ def plot_phases(axis, cfg, rows, models):
         name, colour = (("memorise", PINK) if at_once > 0.5 else
                         ("learn", BLUE) if new > halfway else ("identify", GREY))
         axis.axvspan(left, right, color=colour, alpha=0.1, lw=0)
-        axis.text(left + 0.1, 1.03, "" if name in named else name, style="italic")
+        axis.text(left + 0.1, 1.03, "" if name in named else name, style="italic",
+                  fontsize=8)
         named.add(name)
     ticks = [f"$2^{{{power:.0f}}}$" if power % 1 == 0 else f"{2**power:.0f}" for power in x[:-1]]
     axis.set_xticks(x, ticks + ["∞"])
@@ -1440,9 +1443,11 @@ def show(folder):
     if not isinstance(summary, dict) or SCRIPT not in summary.get("command", ""):
         die(f"nothing to draw: {folder / 'summary.json'} is not a summary of {SCRIPT}")
     plot(summary, folder / "figure.png")
+    width = max(map(len, summary["headline"]))
     for name, row in summary["headline"].items():
         spread = "[{:.4g}, {:.4g}]".format(*row["ci95"]) if row["ci95"] else ""
-        print(f"{name:<32}{row['mean']:<8.4g}{spread:<18} {summary['beside'].get(name, '')}")
+        print(f"{name:<{width}}  {row['mean']:<9.4g} {spread:<18} "
+              f"{summary['beside'].get(name, '')}")
     print(f"{summary['minutes']:.1f} minutes; {folder / 'figure.png'}", flush=True)
 
 

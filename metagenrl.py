@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["numpy>=1.26", "torch>=2.9", "matplotlib>=3.8", "tqdm>=4.65"]
 # ///
-r"""MetaGenRL: a neural loss, meta-learned by a population, that trains new agents elsewhere.
+r"""MetaGenRL: a learned neural loss trains new agents in new environments, in one file.
 
 Kirsch, van Steenkiste, Schmidhuber, "Improving Generalization in Meta Reinforcement Learning using
 Learned Objectives", arXiv 1910.04098. "[code]" marks what was read in the official release
@@ -300,6 +300,164 @@ class StrongPendulum(Pendulum):
     horizon, torque, rate_scale, reward_scale = 40, 8.0, 0.25, 0.2
 
 
+class KinematicPoint:
+    """A point that goes where it is told must reach the middle (ours). State (n, 2): place."""
+    observations, actions, horizon, draws, reward_scale = 2, 2, 20, 2, 1.0
+
+    def reset(self, n):
+        """n rows, or uniform numbers (n, 2) -> place U(-1, 1)^2."""
+        return 2 * draw(n, self.draws) - 1
+
+    def obs(self, state):
+        return state
+
+    def step(self, state, action):
+        state = (state + 0.15 * action.clamp(-1, 1)).clamp(-1.5, 1.5)
+        distance = state.norm(dim=1)
+        return state, -distance, never(distance)
+
+
+class Servo:
+    """A carriage on a rail must reach the middle (ours). State (n, 2): place, velocity."""
+    observations, actions, horizon, draws, reward_scale = 2, 1, 20, 1, 1.0
+
+    def reset(self, n):
+        """n rows, or uniform numbers (n, 1) -> place U(-1, 1), at rest."""
+        p = 2 * draw(n, self.draws) - 1
+        return torch.cat([p, torch.zeros_like(p)], 1)
+
+    def obs(self, state):
+        return state
+
+    def step(self, state, action):
+        p, v = state[:, :1], state[:, 1:]
+        v = v + 0.2 * (4 * action.clamp(-1, 1) - 3 * v)
+        p = p + 0.2 * v
+        v, p = torch.where(p.abs() > 1.5, 0, v), p.clamp(-1.5, 1.5)
+        return torch.cat([p, v], 1), -p[:, 0].abs(), never(p[:, 0])
+
+
+class Reacher:
+    """A two-link arm must touch a goal (ours). State (n, 6): joint angles, rates, goal."""
+    observations, actions, horizon, draws, reward_scale = 8, 2, 100, 4, 1.0
+    nearest, farthest = 0.2, 0.95
+
+    def reset(self, n):
+        """n rows, or uniform numbers (n, 4) -> angles U(-pi, pi), at rest; the goal at any angle,
+        at a distance U(nearest, farthest)."""
+        u = draw(n, self.draws)
+        q, angle = math.pi * (2 * u[:, :2] - 1), 2 * math.pi * u[:, 2:3]
+        far = self.nearest + (self.farthest - self.nearest) * u[:, 3:]
+        return torch.cat([q, torch.zeros_like(q), far * angle.cos(), far * angle.sin()], 1)
+
+    def apart(self, state):
+        """From the tip to the goal (n, 2); the arm has length 1."""
+        q = state[:, :2].cumsum(1)
+        return state[:, 4:] - torch.stack([q.cos().sum(1), q.sin().sum(1)], 1) / 2
+
+    def obs(self, state):
+        q, v = state[:, :2], state[:, 2:4]
+        return torch.cat([q.cos(), q.sin(), v / 5, self.apart(state)], 1)
+
+    def step(self, state, action):
+        a, q, v, goal = action.clamp(-1, 1), *state.split(2, 1)
+        v = (v + 0.05 * (20 * a - 2 * v)).clamp(-10, 10)
+        state = torch.cat([q + 0.05 * v, v, goal], 1)
+        reward = -self.apart(state).norm(dim=1) - 0.01 * a.square().sum(1)
+        return state, reward, never(reward)
+
+
+class KinematicReacher(Reacher):
+    """The arm without inertia (ours): actions turn the joints by up to 0.3."""
+    observations, horizon, nearest, farthest = 6, 20, 0.3, 0.9
+
+    def obs(self, state):
+        return torch.cat([state[:, :2].cos(), state[:, :2].sin(), self.apart(state)], 1)
+
+    def step(self, state, action):
+        state = torch.cat([state[:, :2] + 0.3 * action.clamp(-1, 1), state[:, 2:]], 1)
+        reward = -self.apart(state).norm(dim=1)
+        return state, reward, never(reward)
+
+
+class Worlds:
+    """An environment for each of n agents, names[i] for agent i, any number E of copies of each.
+
+    One program for all: what the environments give is padded with zeros to the largest sizes,
+    state (n, E, Z), observations (n, E, O), actions (n, E, A); reward and terminated (n, E).
+    """
+
+    def __init__(self, names, device, others=(), repeat=1):
+        """others: names of further agents, whose environments count for the largest sizes;
+        repeat: steps of an environment for which an action is held, one step for the agent."""
+        self.repeat = repeat                                 # a rest of the time limit is cut off
+        kinds = {name: GymEnvironment(name[4:], device) if name[:4] == "gym:" else
+                 ENVIRONMENTS[name]() for name in dict.fromkeys([*names, *others])}
+        for env in kinds.values():
+            env.width = env.reset(1).shape[1]                # of its state
+            env.limit = env.horizon // repeat
+        short = [name for name, env in kinds.items() if env.limit < 1]
+        if short:
+            raise ValueError(f"--repeat {repeat} is longer than an episode of {short[0]}")
+        most = lambda size: max(getattr(env, size) for env in kinds.values())
+        self.O, self.A, self.H = most("observations"), most("actions"), most("limit")
+        self.draws, self.Z = most("draws"), most("width")
+        self.groups = []                                     # (environment, its agents), a kind
+        table = torch.zeros(4, len(names), device=device)
+        for name in dict.fromkeys(names):
+            own, env = [i for i, other in enumerate(names) if other == name], kinds[name]
+            self.groups.append((env, torch.tensor(own, device=device)))
+            sizes = env.observations, env.actions, env.limit, env.reward_scale
+            table[:, own] = torch.tensor(sizes, device=device)[:, None]
+        self.observations, self.actions, self.horizon, self.reward_scale = table[..., None]
+        self.act_mask = (torch.arange(self.A, device=device) < self.actions).float()   # (n, A)
+
+    def each(self, function, widths, *inputs):
+        """function(environment, its rows of the inputs) of each kind -> padded outputs (n, E, w)
+        for the widths w."""
+        n, E = inputs[0].shape[:2]
+        outputs = [inputs[0].new_zeros(n, E, width) for width in widths]
+        for env, own in self.groups:
+            results = function(env, *(part[own].flatten(0, 1) for part in inputs))
+            for output, result in zip(outputs, results):
+                result = result.view(len(own), E, -1).to(output.dtype)
+                output[own, :, :result.shape[2]] = result
+        return outputs
+
+    def reset(self, u):
+        """Uniform numbers (n, E, draws) -> first states."""
+        return self.each(lambda env, u: [env.reset(u[:, :env.draws])], [self.Z], u)[0]
+
+    def restart(self, state, end, u):
+        """New first states where end (n, E) is true."""
+        def one(env, state, end, u):
+            state, end, u = state[:, :env.width], end > 0, u[:, :env.draws]
+            if isinstance(env, GymEnvironment):
+                return [env.restart(state, end[:, 0].nonzero()[:, 0].tolist(), u)]
+            return [torch.where(end, env.reset(u), state)]
+        return self.each(one, [self.Z], state, end[..., None], u)[0]
+
+    def obs(self, state):
+        return self.each(lambda env, state: [env.obs(state[:, :env.width])], [self.O], state)[0]
+
+    def step(self, state, action):
+        """-> state, reward, terminated; Worlds, as its environments, knows no time limit."""
+        def one(env, state, action):
+            action = action[:, :env.actions]
+            state, total, over = env.step(state[:, :env.width], action)
+            for _ in range(self.repeat - 1):
+                after, reward, done = env.step(state, action)
+                state = torch.where(over[:, None], state, after)
+                total, over = total + torch.where(over, 0, reward), over | done
+            return state, total, over
+        state, reward, done = self.each(one, [self.Z, 1, 1], state, action)
+        return state, reward[..., 0], done[..., 0] > 0
+
+
+# The environments of quick are above. Those of classic control, a lander and a bridge to gymnasium
+# follow, in the same form: at a first reading go on with section 3.
+
+
 class MountainCar:
     """Gymnasium's MountainCarContinuous-v0: a car too weak for its hill. State (n, 2)."""
     observations, actions, horizon, draws, reward_scale = 2, 1, 999, 1, 1.0
@@ -435,86 +593,6 @@ class PointMass:
         return torch.cat([p, v], 1), reward, never(reward)
 
 
-class Reacher:
-    """A two-link arm must touch a goal (ours). State (n, 6): joint angles, rates, goal."""
-    observations, actions, horizon, draws, reward_scale = 8, 2, 100, 4, 1.0
-    nearest, farthest = 0.2, 0.95
-
-    def reset(self, n):
-        """n rows, or uniform numbers (n, 4) -> angles U(-pi, pi), at rest; the goal at any angle,
-        at a distance U(nearest, farthest)."""
-        u = draw(n, self.draws)
-        q, angle = math.pi * (2 * u[:, :2] - 1), 2 * math.pi * u[:, 2:3]
-        far = self.nearest + (self.farthest - self.nearest) * u[:, 3:]
-        return torch.cat([q, torch.zeros_like(q), far * angle.cos(), far * angle.sin()], 1)
-
-    def apart(self, state):
-        """From the tip to the goal (n, 2); the arm has length 1."""
-        q = state[:, :2].cumsum(1)
-        return state[:, 4:] - torch.stack([q.cos().sum(1), q.sin().sum(1)], 1) / 2
-
-    def obs(self, state):
-        q, v = state[:, :2], state[:, 2:4]
-        return torch.cat([q.cos(), q.sin(), v / 5, self.apart(state)], 1)
-
-    def step(self, state, action):
-        a, q, v, goal = action.clamp(-1, 1), *state.split(2, 1)
-        v = (v + 0.05 * (20 * a - 2 * v)).clamp(-10, 10)
-        state = torch.cat([q + 0.05 * v, v, goal], 1)
-        reward = -self.apart(state).norm(dim=1) - 0.01 * a.square().sum(1)
-        return state, reward, never(reward)
-
-
-class Servo:
-    """A carriage on a rail must reach the middle (ours). State (n, 2): place, velocity."""
-    observations, actions, horizon, draws, reward_scale = 2, 1, 20, 1, 1.0
-
-    def reset(self, n):
-        """n rows, or uniform numbers (n, 1) -> place U(-1, 1), at rest."""
-        p = 2 * draw(n, self.draws) - 1
-        return torch.cat([p, torch.zeros_like(p)], 1)
-
-    def obs(self, state):
-        return state
-
-    def step(self, state, action):
-        p, v = state[:, :1], state[:, 1:]
-        v = v + 0.2 * (4 * action.clamp(-1, 1) - 3 * v)
-        p = p + 0.2 * v
-        v, p = torch.where(p.abs() > 1.5, 0, v), p.clamp(-1.5, 1.5)
-        return torch.cat([p, v], 1), -p[:, 0].abs(), never(p[:, 0])
-
-
-class KinematicPoint:
-    """A point that goes where it is told must reach the middle (ours). State (n, 2): place."""
-    observations, actions, horizon, draws, reward_scale = 2, 2, 20, 2, 1.0
-
-    def reset(self, n):
-        """n rows, or uniform numbers (n, 2) -> place U(-1, 1)^2."""
-        return 2 * draw(n, self.draws) - 1
-
-    def obs(self, state):
-        return state
-
-    def step(self, state, action):
-        state = (state + 0.15 * action.clamp(-1, 1)).clamp(-1.5, 1.5)
-        distance = state.norm(dim=1)
-        return state, -distance, never(distance)
-
-
-class KinematicReacher(Reacher):
-    """The arm without inertia (ours): actions turn the joints by up to 0.3."""
-    observations, horizon, nearest, farthest = 6, 20, 0.3, 0.9
-
-    def obs(self, state):
-        return torch.cat([state[:, :2].cos(), state[:, :2].sin(), self.apart(state)], 1)
-
-    def step(self, state, action):
-        state = torch.cat([state[:, :2] + 0.3 * action.clamp(-1, 1), state[:, 2:]], 1)
-        reward = -self.apart(state).norm(dim=1)
-        return state, reward, never(reward)
-
-
 class Lander:
     """LunarLanderContinuous without legs and contact, an approximation of ours: never compare.
 
@@ -629,80 +707,6 @@ ENVIRONMENTS = {"strongpend": StrongPendulum, "kpoint": KinematicPoint, "servo":
                 "kreach": KinematicReacher, "pendulum": Pendulum, "mountaincar": MountainCar,
                 "cartpole": CartPole, "swingup": SwingUp, "acrobot": Acrobot,
                 "pointmass": PointMass, "reacher": Reacher, "lander": Lander}
-
-
-class Worlds:
-    """An environment for each of n agents, names[i] for agent i, any number E of copies of each.
-
-    One program for all: what the environments give is padded with zeros to the largest sizes,
-    state (n, E, Z), observations (n, E, O), actions (n, E, A); reward and terminated (n, E).
-    """
-
-    def __init__(self, names, device, others=(), repeat=1):
-        """others: names of further agents, whose environments count for the largest sizes;
-        repeat: steps of an environment for which an action is held, one step for the agent."""
-        self.repeat = repeat                                 # a rest of the time limit is cut off
-        kinds = {name: GymEnvironment(name[4:], device) if name[:4] == "gym:" else
-                 ENVIRONMENTS[name]() for name in dict.fromkeys([*names, *others])}
-        for env in kinds.values():
-            env.width = env.reset(1).shape[1]                # of its state
-            env.limit = env.horizon // repeat
-        short = [name for name, env in kinds.items() if env.limit < 1]
-        if short:
-            raise ValueError(f"--repeat {repeat} is longer than an episode of {short[0]}")
-        most = lambda size: max(getattr(env, size) for env in kinds.values())
-        self.O, self.A, self.H = most("observations"), most("actions"), most("limit")
-        self.draws, self.Z = most("draws"), most("width")
-        self.groups = []                                     # (environment, its agents), a kind
-        table = torch.zeros(4, len(names), device=device)
-        for name in dict.fromkeys(names):
-            own, env = [i for i, other in enumerate(names) if other == name], kinds[name]
-            self.groups.append((env, torch.tensor(own, device=device)))
-            sizes = env.observations, env.actions, env.limit, env.reward_scale
-            table[:, own] = torch.tensor(sizes, device=device)[:, None]
-        self.observations, self.actions, self.horizon, self.reward_scale = table[..., None]
-        self.act_mask = (torch.arange(self.A, device=device) < self.actions).float()   # (n, A)
-
-    def each(self, function, widths, *inputs):
-        """function(environment, its rows of the inputs) of each kind -> padded outputs (n, E, w)
-        for the widths w."""
-        n, E = inputs[0].shape[:2]
-        outputs = [inputs[0].new_zeros(n, E, width) for width in widths]
-        for env, own in self.groups:
-            results = function(env, *(part[own].flatten(0, 1) for part in inputs))
-            for output, result in zip(outputs, results):
-                result = result.view(len(own), E, -1).to(output.dtype)
-                output[own, :, :result.shape[2]] = result
-        return outputs
-
-    def reset(self, u):
-        """Uniform numbers (n, E, draws) -> first states."""
-        return self.each(lambda env, u: [env.reset(u[:, :env.draws])], [self.Z], u)[0]
-
-    def restart(self, state, end, u):
-        """New first states where end (n, E) is true."""
-        def one(env, state, end, u):
-            state, end, u = state[:, :env.width], end > 0, u[:, :env.draws]
-            if isinstance(env, GymEnvironment):
-                return [env.restart(state, end[:, 0].nonzero()[:, 0].tolist(), u)]
-            return [torch.where(end, env.reset(u), state)]
-        return self.each(one, [self.Z], state, end[..., None], u)[0]
-
-    def obs(self, state):
-        return self.each(lambda env, state: [env.obs(state[:, :env.width])], [self.O], state)[0]
-
-    def step(self, state, action):
-        """-> state, reward, terminated; Worlds, as its environments, knows no time limit."""
-        def one(env, state, action):
-            action = action[:, :env.actions]
-            state, total, over = env.step(state[:, :env.width], action)
-            for _ in range(self.repeat - 1):
-                after, reward, done = env.step(state, action)
-                state = torch.where(over[:, None], state, after)
-                total, over = total + torch.where(over, 0, reward), over | done
-            return state, total, over
-        state, reward, done = self.each(one, [self.Z, 1, 1], state, action)
-        return state, reward[..., 0], done[..., 0] > 0
 
 
 # ---- 3. MODEL ----------------------------------------------------------------------------------
@@ -1505,12 +1509,13 @@ RULES = {"L": BLUE, "DDPG": ORANGE, "REINFORCE": GREEN, "untrained L": GREY}
 
 
 def plot(summary, path):
-    """Two rows from a summary alone: meta-training, and a panel for each meta-test."""
+    """Draw from a summary alone: meta-training above, below it a panel for each meta-test; thin
+    lines: seeds, thick: means."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
-                         "legend.fontsize": 9})
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
+                         "axes.titlesize": 10, "legend.fontsize": 8})
     cfg, rows = summary["config"], summary["per_seed"]
     train, test = cfg["train"].split(","), cfg["test"].split(",")
     top = [] if cfg["objective"] else [(plot_training, name) for name in train]
@@ -1520,7 +1525,7 @@ def plot(summary, path):
     columns = max(len(top), min(len(bottom), 4))
     lines = 1 + math.ceil(len(bottom) / columns)
     figure, axes = plt.subplots(lines, columns, squeeze=False, layout="constrained",
-                                figsize=(4.4 * columns, 3.9 * lines))
+                                figsize=(4 * columns, 3.6 * lines))
     panels = top + [None] * (columns - len(top)) + bottom
     panels += [None] * (axes.size - len(panels))
     letters = iter("abcdefghijklmnopqrstuvwxyz")
@@ -1529,21 +1534,22 @@ def plot(summary, path):
             axis.set_axis_off()
             continue
         axis.set_title(f"({next(letters, 'z')}) {panel[0](axis, summary, rows, panel[1])}")
-    figure.suptitle(f"A learned loss L trains new agents. Thin: each of {len(rows)} seed(s) of "
-                    "meta-training; thick: their mean")
-    figure.savefig(path, dpi=110)
+    figure.suptitle("MetaGenRL: a learned loss L trains new agents. "
+                    f"Thin: each of {len(rows)} seed(s); thick: mean")
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def plot_lines(axis, x, curves, colour, label, style="-"):
     """curves (seeds, points): thin lines and their thick mean."""
     for curve in curves if len(curves) > 1 else []:
-        axis.plot(x, curve, color=colour, ls=style, lw=0.7, alpha=0.4)
+        axis.plot(x, curve, color=colour, ls=style, lw=0.7, alpha=0.5)
     return axis.plot(x, np.mean(curves, 0), color=colour, ls=style, lw=2.2, label=label)
 
 
 def plot_training(axis, summary, rows, name):
-    """Returns of agents in the second half of life; how L's gradient and the critic's agree."""
+    """Returns of agents in the second half of life; how L's gradient and the critic's agree ->
+    title."""
     other = axis.twinx()
     lines = []
     for own, key, colour, label in ((axis, "return", BLUE, "return"),
@@ -1566,7 +1572,7 @@ def plot_training(axis, summary, rows, name):
 
 
 def plot_trend(axis, summary, rows, _):
-    """Scores of L as it was at four times of meta-training."""
+    """Scores of L as it was at four times of meta-training -> title."""
     parts = (12, 25, 50, 100)
     for key, colour in ("seen", BLUE), ("unseen", ORANGE):
         if f"checkpoint_trend_{key}_12" in rows[0]["headline"]:
@@ -1586,7 +1592,7 @@ def plot_trend(axis, summary, rows, _):
 
 
 def plot_push(axis, summary, rows, _):
-    """Slices of the learned gradient."""
+    """Slices of the learned gradient -> title."""
     for i, (colour, label) in enumerate(((GREEN, "values rise after it"),
                                          (PINK, "values fall after it"))):
         plot_lines(axis, summary["grid"], [row["push"][i] for row in rows], colour, label)
@@ -1599,7 +1605,7 @@ def plot_push(axis, summary, rows, _):
 
 
 def plot_test(axis, summary, rows, name):
-    """Returns of fresh agents while they learn."""
+    """Returns of fresh agents while they learn -> title."""
     for stage, colour in RULES.items():
         curves = np.mean([row["returns"][stage][name] for row in rows], 2)     # over agents
         plot_lines(axis, summary["points"], curves, colour,
@@ -1931,9 +1937,11 @@ def show(folder):
     if not isinstance(summary, dict) or SCRIPT not in summary.get("command", ""):
         die(f"nothing to draw: {folder / 'summary.json'} is not a summary of {SCRIPT}")
     plot(summary, folder / "figure.png")
+    width = max(map(len, summary["headline"]))
     for name, row in summary["headline"].items():
         spread = "[{:.4g}, {:.4g}]".format(*row["ci95"]) if row["ci95"] else ""
-        print(f"{name:<32}{row['mean']:<8.4g}{spread:<18} {summary['beside'].get(name, '')}")
+        print(f"{name:<{width}}  {row['mean']:<9.4g} {spread:<18} "
+              f"{summary['beside'].get(name, '')}")
     print(f"{summary['minutes']:.1f} minutes; {folder / 'figure.png'}", flush=True)
 
 

@@ -1026,25 +1026,25 @@ def plot(summary, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-                         "legend.fontsize": 8})
+                         "axes.titlesize": 10, "legend.fontsize": 8})
     cfg, rows = summary["config"], summary["per_seed"]
     panels = [plot_training, plot_tracking, plot_predicted, plot_bars]
     panels = [plot_asked] if cfg["ask"] else panels
     side = math.ceil(math.sqrt(len(panels)))
     figure, axes = plt.subplots(side, side, squeeze=False, layout="constrained",
-                                figsize=(6 * side, 4.5 * side))
+                                figsize=(5.2 * side, 4.2 * side))
     for letter, axis, panel in zip("abcd", axes.flat, panels):
         axis.set_title(f"({letter}) {panel(axis, summary, rows)}")
     figure.suptitle(f"Generators of deep policies: {cfg['env']}. "
                     f"Thin: each of {len(rows)} seed(s); thick: median")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def plot_lines(axis, x, curves, colour, label, style="-"):
     """curves (seeds, points): thin lines and their thick median."""
     for curve in curves if len(curves) > 1 else []:
-        axis.plot(x, curve, color=colour, ls=style, lw=0.7, alpha=0.4)
+        axis.plot(x, curve, color=colour, ls=style, lw=0.7, alpha=0.5)
     axis.plot(x, np.median(curves, 0), color=colour, ls=style, lw=2.2, label=label)
 
 
@@ -1443,9 +1443,11 @@ def show(folder):
     if not isinstance(summary, dict) or SCRIPT not in summary.get("command", ""):
         die(f"nothing to draw: {folder / 'summary.json'} is not a summary of {SCRIPT}")
     plot(summary, folder / "figure.png")
+    width = max(map(len, summary["headline"]))
     for name, row in summary["headline"].items():
         spread = "[{:.4g}, {:.4g}]".format(*row["ci95"]) if row["ci95"] else ""
-        print(f"{name:<32}{row['mean']:<8.4g}{spread:<18} {summary['beside'].get(name, '')}")
+        print(f"{name:<{width}}  {row['mean']:<9.4g} {spread:<18} "
+              f"{summary['beside'].get(name, '')}")
     print(f"{summary['minutes']:.1f} minutes; {folder / 'figure.png'}", flush=True)
 
 

@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["numpy>=1.26", "torch>=2.9", "matplotlib>=3.8", "tqdm>=4.65"]
 # ///
-"""Random curiosity with general value functions (RC-GVF): exploration by predicting random futures.
+"""RC-GVF: exploration by random curiosity with general value functions, in one file.
 
 Ramesh, Kirsch, van Steenkiste, Schmidhuber, "Exploring through Random Curiosity with General Value
 Functions", arXiv 2211.10282. "[code]" marks what was read in the two official releases, [minigrid]
@@ -125,12 +125,12 @@ SETTINGS = {   # of a task at a scale, for options left at -1; paper: the offici
         hidden=256, cumulants=128, predictor_hidden=256, feature_hidden=128, beta_rcgvf=20.0,
         beta_rnd=0.5, beta_noveld=0.5, anneal=100_000_000),    # NovelD's: ours, as RND's
     ("minigrid", "small"): dict(
-        frames=800_000, envs=64, rollout=32, minibatch=512, epochs=4, recurrence=4,
+        horizon=0, frames=800_000, envs=64, rollout=32, minibatch=512, epochs=4, recurrence=4,
         learning_rate=1e-3, rcgvf_rate=0.75, rnd_rate=0.75, entropy_coefficient=1e-3, grad_norm=0.5,
         hidden=64, cumulants=64, predictor_hidden=128, feature_hidden=64, beta_rcgvf=3.0,
         beta_rnd=0.01, beta_noveld=0.01, anneal=0),
     ("minigrid", "paper"): dict(
-        frames=30_000_000, envs=16, rollout=128, minibatch=256, epochs=4, recurrence=4,
+        horizon=0, frames=30_000_000, envs=16, rollout=128, minibatch=256, epochs=4, recurrence=4,
         learning_rate=2e-4, rcgvf_rate=0.75, rnd_rate=0.75, entropy_coefficient=1e-5, grad_norm=0.5,
         hidden=64, cumulants=128, predictor_hidden=256, feature_hidden=128, beta_rcgvf=0.1,
         beta_rnd=5e-4, beta_noveld=0.01, anneal=30_000_000),
@@ -150,7 +150,7 @@ class Config:
     counts: bool = False             # divide bonuses by the root of episodic visits (privileged)
     first_visit: bool = False        # with --counts: a bonus at the first visit only
     panorama: bool = False           # minigrid: curiosity sees all four directions
-    horizon: int = -1                # length of the lock, H
+    horizon: int = -1                # length of the lock, H; 0 on MiniGrid
     lock_actions: int = 10           # actions of the lock, A
     frames: int = -1                 # steps of all environments, a seed and method
     envs: int = -1                   # parallel environments a seed, N
@@ -198,10 +198,10 @@ class Config:
         for name, value in SETTINGS[self.task, self.scale].items():
             if getattr(self, name) == -1:
                 object.__setattr__(self, name, value)
-        zero = {"seed", "anneal", "gamma_z", "lambda_z", "gamma", "lam", "noveld_alpha",
+        zero = {"seed", "anneal", "horizon", "gamma_z", "lambda_z", "gamma", "lam", "noveld_alpha",
                 "entropy_coefficient"}
         high = dict.fromkeys(("gamma_z", "lambda_z", "gamma", "lam"), 1) | {"seed": 1 << 24}
-        for name, value in (asdict(self) | ({"horizon": 2} if self.horizon == -1 else {})).items():
+        for name, value in asdict(self).items():
             above = value >= 0 if name in zero else type(value) is str or value > 0
             if type(value) in (int, float) and not (above and value <= high.get(name, 1e300)):
                 raise ValueError(f"--{name.replace('_', '-')} must be "
@@ -1294,7 +1294,7 @@ def plot(summary, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-                         "legend.fontsize": 8})
+                         "axes.titlesize": 10, "legend.fontsize": 8})
     cfg, rows = summary["config"], summary["per_seed"]
     lock = cfg["task"] == "lock"
     panels = [plot_farthest, plot_greedy] if lock else [plot_returns]
@@ -1303,7 +1303,7 @@ def plot(summary, path):
     columns = 3 if len(panels) > 4 else 2
     lines = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(lines, columns, squeeze=False, layout="constrained",
-                                figsize=(16 if columns > 2 else 12, 4.5 * lines))
+                                figsize=(13.8 if columns > 2 else 10.4, 4 * lines))
     for letter, axis, panel in zip("abcdef", axes.flat, panels):
         axis.set_title(f"({letter}) {panel(axis, summary, rows)}")
     for axis in axes.flat[len(panels):]:
@@ -1311,14 +1311,14 @@ def plot(summary, path):
     what = f"a diabolical lock of {cfg['horizon']} columns" if lock else cfg["env"]
     figure.suptitle(f"Random curiosity with general value functions: {what}. "
                     f"Thin: each of {len(rows)} seed(s); thick: mean")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def plot_lines(axis, x, curves, colour, label, style="-"):
     """curves (seeds, points): thin lines and their thick mean."""
     for curve in curves if len(curves) > 1 else []:
-        axis.plot(x, curve, color=colour, ls=style, lw=0.7, alpha=0.4)
+        axis.plot(x, curve, color=colour, ls=style, lw=0.7, alpha=0.5)
     axis.plot(x, np.mean(curves, 0), color=colour, ls=style, lw=2.2, label=label)
 
 
@@ -1328,8 +1328,8 @@ def plot_column(axis, summary, rows, name):
     for stage, colour in COLOURS.items():
         if stage in rows[0]["curves"] and not (name == "bonus" and stage == "PPO"):
             points = np.array([row["curves"][stage] for row in rows])          # (seeds, logs, n)
-            plot_lines(axis, points[0, :, 0], points[:, :, column], colour, stage)
-    axis.set(xlabel="frames")
+            plot_lines(axis, points[0, :, 0] / 1000, points[:, :, column], colour, stage)
+    axis.set(xlabel="thousand frames")
     return np.array(next(iter(rows[0]["curves"].values())))[:, 0]
 
 
@@ -1337,7 +1337,8 @@ def plot_farthest(axis, summary, rows):
     """Farthest column reached alive -> title."""
     x, cfg = plot_column(axis, summary, rows, "farthest"), summary["config"]
     H, A = cfg["horizon"], cfg["lock_actions"]
-    axis.plot(x, np.log(np.maximum(x / H, 1)) / np.log(A), "k:", lw=1, label="random, about")
+    axis.plot(x / 1000, np.log(np.maximum(x / H, 1)) / np.log(A), "k:", lw=1,
+              label="random, about")
     axis.axhline(H, color="black", ls="--", lw=1, label="the lock is open")
     axis.set(ylabel="farthest column so far")
     axis.legend(loc="upper left", bbox_to_anchor=(0, 0.95))
@@ -1749,9 +1750,11 @@ def show(folder):
     if not isinstance(summary, dict) or SCRIPT not in summary.get("command", ""):
         die(f"nothing to draw: {folder / 'summary.json'} is not a summary of {SCRIPT}")
     plot(summary, folder / "figure.png")
+    width = max(map(len, summary["headline"]))
     for name, row in summary["headline"].items():
         spread = "[{:.4g}, {:.4g}]".format(*row["ci95"]) if row["ci95"] else ""
-        print(f"{name:<32}{row['mean']:<8.4g}{spread:<18} {summary['beside'].get(name, '')}")
+        print(f"{name:<{width}}  {row['mean']:<9.4g} {spread:<18} "
+              f"{summary['beside'].get(name, '')}")
     print(f"{summary['minutes']:.1f} minutes; {folder / 'figure.png'}", flush=True)
 
 

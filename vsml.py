@@ -907,8 +907,6 @@ def clone(cfg, run):
 
 SGD_RATES, ADAM_RATES = (0.003, 0.01, 0.03, 0.1, 0.3), (0.001, 0.003, 0.01, 0.03)
 PAPER_RATES = {"SGD": 0.01, "Adam": 0.001}                   # [code]
-
-
 CLONES = {"36-5": "", "25-4": "_25_4", "36-32-5": "_deep"}   # networks cloned, and their metrics
 MADE_TESTS = ("seen", "new", "shuffled", "projected", "12 x 12", "3 classes", "10 classes",
               "random", "sum")
@@ -1087,9 +1085,10 @@ def check_memory(cfg, run):
     D, E = max(cfg.side**2, 144), len(run.seeds) * cfg.eval_lifetimes
     tests = E * (9 * cfg.eval_length * D + D * D + 14 * cfg.state_size * max(640, D * cfg.classes))
     need = max(cells * kept * 14 * cfg.state_size, tests) * 4 / 2**30          # 14 N: measured
+    have = math.inf
     if run.device.type == "cuda":
         have = torch.cuda.mem_get_info()[0] / 2**30
-    else:
+    elif hasattr(os, "sysconf"):                             # there is none on Windows
         have = math.prod(os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES")) / 2**30
     if need > have:
         raise ValueError(f"{cells:,} cells at once, {kept} tick(s) kept, and {E:,} test lifetimes "
@@ -1219,21 +1218,21 @@ def plot(summary, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-                         "legend.fontsize": 8})
+                         "axes.titlesize": 10, "legend.fontsize": 8})
     cfg, rows = {**summary["config"], "test_classes": summary["classes"]}, summary["per_seed"]
     panels = [plot_meta, functools.partial(plot_online, test="seen"),
               functools.partial(plot_online, test="10 classes"), plot_bars, plot_introspection]
     panels += [plot_clone] * bool(rows[0]["clone"])
     panels += [functools.partial(plot_online, test=test) for test in real_tests(rows[0])]
     height = math.ceil(len(panels) / 3)
-    figure, axes = plt.subplots(height, 3, layout="constrained", figsize=(16, 4.5 * height))
+    figure, axes = plt.subplots(height, 3, layout="constrained", figsize=(13.8, 3.9 * height))
     for letter, axis, panel in zip("abcdefghijkl", axes.flat, panels):
         axis.set_title(f"({letter}) {panel(axis, cfg, rows)}")
     for axis in axes.flat[len(panels):]:
         axis.set_axis_off()
     figure.suptitle(f"VSML: a grid of tiny shared LSTMs that learns to learn, meta-trained on "
                     f"{cfg['dataset']}. Thin: each of {len(rows)} seed(s); thick: mean")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
@@ -1643,9 +1642,11 @@ def show(folder):
     if not isinstance(summary, dict) or SCRIPT not in summary.get("command", ""):
         die(f"nothing to draw: {folder / 'summary.json'} is not a summary of {SCRIPT}")
     plot(summary, folder / "figure.png")
+    width = max(map(len, summary["headline"]))
     for name, row in summary["headline"].items():
         spread = "[{:.4g}, {:.4g}]".format(*row["ci95"]) if row["ci95"] else ""
-        print(f"{name:<32}{row['mean']:<8.4g}{spread:<18} {summary['beside'].get(name, '')}")
+        print(f"{name:<{width}}  {row['mean']:<9.4g} {spread:<18} "
+              f"{summary['beside'].get(name, '')}")
     print(f"{summary['minutes']:.1f} minutes; {folder / 'figure.png'}", flush=True)
 
 
