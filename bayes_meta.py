@@ -56,7 +56,7 @@ RESULT
     Thompson sampler's return      11.91 [11.90, 11.92]              exact 11.93, optimal 12.43
     LIN network's regret, T = 64   1.002 times exact LIN's
     PTW network, way from KT to exact PTW  0.839 [0.832, 0.846]
-    on `regular`, unseen: PTW network 0.227 [0.189, 0.266] nats below the best exact predictor
+    on `regular`, unseen: PTW network 0.227 [0.189, 0.265] nats below the best exact predictor
   No network is below exact Bayes on its own source (lowest: -0.9 standard errors, paired).
   Architectures (3 seeds): with sinusoidal positions a transformer counts, and is within 3.2 % of
     PTW at T = 64; at T = 256 its regret is 4.2 times PTW's, the LSTM's 1.34, ALiBi's 1.41.

@@ -64,7 +64,7 @@ RESULT
   As good as DDPG, and usually faster; REINFORCE, written by people, is as good or a little better:
   the tasks are easy. The claim is that a loss was learned and carries over.
   Classic control (command in results/README.md), meta-trained on swingup and pointmass, 3 seeds,
-  16.1 minutes: never seen reacher 0.78 [0.46, 1.11], acrobot 0.96 [0.90, 1.02], cartpole 1.3
+  16.1 minutes: never seen reacher 0.78 [0.45, 1.11], acrobot 0.96 [0.90, 1.01], cartpole 1.3
   [-0.1, 2.7], but pendulum -0.04 [-0.39, 0.31], where REINFORCE has 0.81.
   paper preset (one GPU): not run yet.
 
