@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["numpy>=1.26", "torch>=2.9", "matplotlib>=3.8", "tqdm>=4.65"]
 # ///
-"""Memory-based meta-learning is amortised Bayes: networks that match exact Bayes, in one file.
+r"""Memory-based meta-learning is amortised Bayes: networks that match exact Bayes, in one file.
 
 [O19] Ortega et al., "Meta-learning of Sequential Strategies", arXiv 1905.03030.
 [M20] Mikulik et al., "Meta-trained agents implement Bayes-optimal agents", arXiv 2010.11223.
@@ -47,7 +47,7 @@ SYMBOLS
   regret, sum_t KL(theta_t || q_t) a sequence, above 0 even for Bayes. Bandits: return lost.
 
 RESULT
-  quick, means of 5 seeds (0-4) with 95 % t intervals, 2 CPU cores (AMD EPYC), 2.9 min a seed:
+  quick, means of 5 seeds (0-4) with 95 % t intervals, 2 CPU cores (AMD EPYC), 14.3 min for all:
     KL to Bayes a symbol, coin, T = 20     4.6e-5 [3.9e-5, 5.3e-5]   with a wrong prior 5.1e-3
       die 1.4e-4, Gaussian 2.6e-4, exponential 5.9e-4
     D_s network -> Bayes 9e-4 (untrained 0.055), Bayes -> network 0.092 (untrained 0.221)
@@ -72,7 +72,7 @@ DIFFERS
      regrets are therefore over t = 2 .. T.
   4. The LSTMs of the stationary families start with a forget bias of 0, all others with 1 [G23
      code]. With 1 (`--forget-bias 1`) the untrained D_s network -> Bayes is 0.003, not 0.055.
-     Inputs enter the core and the state the read-out linearly: no encoder, no ReLU between.
+     Inputs go into the core, and its state into the read-out, through a linear layer each.
   5. The optimum of the bandits is the exact finite-horizon programme, not Gittins' index, and the
      players are trained by a synchronous actor-critic with TD(lambda) targets, not IMPALA.
   6. The transformer has no dropout (data are without end) and counts positions upwards; the
@@ -84,7 +84,7 @@ DIFFERS
 
 RUN
   python bayes_meta.py                              (on a Mac: --device cpu, for its float64)
-  python bayes_meta.py --families "" --bandit-steps 0 --thompson-steps 0 --sources ptw,lin \\
+  python bayes_meta.py --families "" --bandit-steps 0 --thompson-steps 0 --sources ptw,lin \
       --models rnn,lstm,stack_rnn,transformer_alibi          only the coins that switch
   torchrun --standalone --nproc_per_node=8 bayes_meta.py --preset paper
 """
@@ -123,15 +123,15 @@ def chosen(names):
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; each comment is the option's --help."""
+    """All settings of a run; each comment is the option's --help. [G23 code]: its official code."""
     families: str = "bernoulli,dice,gaussian,exponential"   # stationary tasks to predict; "": none
     alpha: float = 1.0               # Beta(alpha, beta) prior of coins and arms; whole for bandits
-    beta: float = 1.0                # multiples of 1/2, both
+    beta: float = 1.0                # second parameter of that prior; both multiples of 1/2
     length: int = 20                 # symbols of a stationary task, T [G23 code: 20]
     predict_steps: int = 2000        # meta-training steps of each family's predictor
     predict_batch: int = 128         # sequences a step, B [G23 code: 128]
     predict_hidden: int = 32         # width of the predictors, H
-    forget_bias: float = 0.0         # initial bias of their forget gates; the other networks': 1
+    forget_bias: float = 0.0         # first bias of the predictors' forget gates; others': 1
     bandit_steps: int = 1500         # actor-critic updates; 0: no bandits
     thompson_steps: int = 400        # imitation updates of the Thompson sampler
     bandit_length: int = 20          # pulls of an episode, T
@@ -139,7 +139,7 @@ class Config:
     bandit_rate: float = 5e-3        # of Adam, for the players; falls to 0 along a cosine
     bandit_hidden: int = 48          # width of the players
     entropy: float = 0.03            # first weight of the entropy bonus; it falls linearly to 0
-    gamma: float = 1.0               # discount of the bandits' returns
+    gamma: float = 1.0               # discount in the players' training; tests have none
     gae_lambda: float = 0.9          # of generalised advantage estimation
     models: str = "lstm"             # for the switching sources: rnn,lstm,transformer_alibi,..
     sources: str = "ptw,lin,regular,uniform"    # to train on, a network each; "": none
@@ -153,13 +153,13 @@ class Config:
     period: int = 20                 # steps between the switches of the source `regular`
     longest: int = 40                # longest segment of the source `uniform`
     learning_rate: float = 5e-3      # of Adam, for the predictors
-    cosine: bool = True              # let that rate fall to 0 along a cosine
+    cosine: bool = True              # let learning_rate fall to 0 along a cosine
     clip: float = 1.0                # bound on the gradient norm of each run [G23 code]
     simulate_steps: int = 600        # fits of the maps between state machines
     eval_sequences: int = 1000       # test sequences a seed and task
     seed: int = 0                    # first seed
     num_seeds: int = 1               # seeds trained side by side: seed, seed + 1, ...
-    log_every: int = 50              # steps between evaluations
+    log_every: int = 50              # steps between lines of the log
     save_every: int = 200            # steps between checkpoints
 
     def __post_init__(self):
@@ -171,7 +171,8 @@ class Config:
             if type(value) in (int, float) and not (above and value <= high.get(name, 1e300)):
                 raise ValueError(f"--{name.replace('_', '-')} must be "
                                  + (f"at least {low[name]}" if name in low else "above 0")
-                                 + f" and at most {high.get(name, 'finite')}, not {value}")
+                                 + (f" and at most {high[name]}" if name in high else " and finite")
+                                 + f", not {value}")
         for option, known in (("families", FAMILIES), ("models", MODELS), ("sources", SOURCES)):
             names = chosen(getattr(self, option))
             for name in names:
@@ -214,7 +215,8 @@ PRESETS = {
 
 
 def stream(seed, purpose, device):
-    """Random generator of one seed for one purpose: 0-29 training, 30-59 tests, 60-89 weights.
+    """Random generator of one seed for one purpose: 0-29 training, 30-59 tests, 60-89 weights,
+    90-92 the maps between machines, noise.
 
     The number is small, because torch's CPU generator keeps only 32 bits of it.
     """
@@ -1015,9 +1017,9 @@ def actor_critic_loss(model, actions, rewards, entropy_weight, gamma, gae_lambda
     average([moments])                                       # over the whole batch, on any machine
     mean, std = moments[0], (moments[1] - moments[0].square()).clamp(min=1e-8).sqrt()
     advantage = (advantage - mean[:, None, None]) / std[:, None, None]
-    chosen = log_pi.gather(-1, actions[..., None])[..., 0]
+    log_taken = log_pi.gather(-1, actions[..., None])[..., 0]
     entropy = -(log_pi.exp() * log_pi).sum(-1)
-    losses = -chosen * advantage + 0.5 * (value - target).square() - entropy_weight * entropy
+    losses = -log_taken * advantage + 0.5 * (value - target).square() - entropy_weight * entropy
     return losses.mean((1, 2))
 
 
@@ -1040,8 +1042,8 @@ def meta_step(losses, parameters, adam, clip, run):
 
 
 # ---- 5. TRAINING -------------------------------------------------------------------------------
-# `run` is the machine, see section 8: run.steps(stage, total, state) counts the steps, restores and
-# saves `state`; run.share(batch) and run.average(tensors) serve several processes.
+# `run` (class Run, section 8) stands for the machine: run.steps(stage, total, state) counts the
+# steps, restores and saves `state`; run.share(batch), run.average(tensors) are for many processes.
 
 
 def train(cfg, run, stage, model, names, steps, loss_function, generators, probe, rate, cosine):
@@ -1106,7 +1108,8 @@ def sample_arms(generators, B, cfg):
 
 
 def train_player(cfg, run, kind, steps, Q):
-    """Template 2 (kind "thompson") or 3 ("bandit") -> model, and test episodes to play."""
+    """Template 2 (kind "thompson") or 3 ("bandit") -> model, test episodes (theta, act, pay), and
+    probe() -> {metric: (S,)} on them."""
     order = 10 if kind == "bandit" else 11
     model = LSTM(4, 3, cfg.bandit_hidden,
                  [stream(seed, 60 + order, "cpu") for seed in run.seeds]).to(run.device)
@@ -1251,7 +1254,7 @@ def states_of(model, family, x):
 
 
 def evaluate_family(cfg, run, name):
-    """Train and test one predictor -> a dictionary a seed, and what panel (b) shows."""
+    """Train and test one predictor -> a dictionary per seed, and what panel (b) shows."""
     family, untrained, model, x = train_predictor(cfg, run, name)
     beliefs, rows = family.statistics(x), [{} for _ in run.seeds]
     bayes, points = family.predictive(beliefs), [[], []]
@@ -1280,7 +1283,7 @@ def evaluate_family(cfg, run, name):
 
 
 def evaluate_bandits(cfg, run):
-    """Train and test both players -> a dictionary a seed; the exact values of known policies."""
+    """Train and test both players -> a dictionary per seed; the exact values of known policies."""
     prior = {"alpha": cfg.alpha, "beta": cfg.beta}
     Q = bandit_values(cfg.bandit_length, **prior)
     value = lambda policy: bandit_values(                    # both arms start alike: their mean
@@ -1315,7 +1318,7 @@ def exact_predictions(x, switches):
 
 
 def evaluate_switching(cfg, run):
-    """Train on every source, test on every source and at four times the length -> a dict a seed.
+    """Train on every source, test on every source and at four times the length -> a dict per seed.
 
     "matrix": {test source: {predictor: regret}}; a network is called MODEL<-SOURCE. "long": the
     same at 4 T. "excess_z": networks minus exact Bayes on their own source, paired, in
@@ -1382,7 +1385,7 @@ def plan(cfg, flops_per_second):
 def experiment(cfg, run):
     """Train and test all that the configuration names.
 
-    -> {"per_seed": a dictionary a seed with "headline" numbers, "exact": values of known bandit
+    -> {"per_seed": a dictionary per seed with "headline" numbers, "exact": values of known bandit
     players, "points": of the calibration panel, "fixed_point_gradient": at Bayes and near it,
     "beside": notes for the closing table}
     """
@@ -1847,7 +1850,7 @@ class Run:
             write(self.folder / "checkpoint.pt", lambda part: torch.save(content, part))
 
     def watch(self, losses):
-        """Note the losses of a step, seeds on the leading axis; a look at once would stop a GPU."""
+        """Note the losses of a step, seeds first; to look at once would make a GPU wait."""
         self.losses.append(losses.detach().flatten())
         self.watched = self.step + 1
 

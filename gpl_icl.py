@@ -20,7 +20,7 @@ ALGORITHM (meta-training, Algorithm 1 of the paper)
   repeat
     for each of B sequences: draw a task k of K, and T examples (xbar_j, ybar_j) of the base data
     x_j = A_k xbar_j,  y_j = rho_k(ybar_j)       A_k: entries N(0, 1/D); rho_k permutes C classes
-    token_j = concat(x_j, onehot(y_{j-1})), y_0 = 0             a label is seen one step late
+    token_j = concat(x_j, onehot(y_{j-1})), zeros at first      a label is seen one step late
     J(theta) = 1/(BT) sum_{b,j} cross_entropy(f_theta(token_1 .. token_j), y_j)
     theta <- Adam(theta, grad J)
   K may be unlimited: then x_j is drawn without making any A_k, see gram_projection.
@@ -42,12 +42,12 @@ SYMBOLS
 
 RESULT
   Means of 3 seeds (0, 1, 2) with 95 % t intervals; late = mean over the last third of positions.
-  quick, glyphs of 8 x 8 pixels, T = 30, 2 CPU cores (AMD EPYC), 2.6 min a seed:
+  quick, glyphs of 8 x 8 pixels, T = 30, 2 CPU cores (AMD EPYC), 7.9 min for all:
     unseen data set (letters), late   0.562 [0.546, 0.578]   1-NN 0.623   chance 0.10
     new tasks of the digits, late     0.589 [0.565, 0.613]   1-NN 0.669
     `random`, late                    0.921 [0.907, 0.936]   optimum 0.929
     16 tasks only: seen 0.995 [0.991, 0.998], unseen 0.098 [0.082, 0.113]; no burst: 0.102
-  MNIST of 14 x 14 pixels, T = 100, 5,000 training images, 4,000 steps of batch 32, 12 min a seed:
+  MNIST of 14 x 14 pixels, T = 100, 5,000 training images, 4,000 steps of batch 32, 36 min for all:
     after 99 examples: new tasks 0.616 [0.578, 0.654], the paper's table 0.737 (1-NN 0.715);
     Fashion-MNIST, never trained on, 0.603 [0.540, 0.666], the paper's table 0.622 (1-NN 0.651)
   paper preset (one GPU): not run yet.
@@ -113,9 +113,9 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; each comment is the option's --help. [paper] marks what it states."""
-    dataset: str = "glyph_digits"    # to meta-train on: glyph_digits|_letters, [fashion_|k]mnist
-    unseen: str = "glyph_letters"    # for meta-testing only: the same names, or FILE.npz
+    """All settings of a run; each comment is the option's --help. [paper]: what it states."""
+    dataset: str = "glyph_digits"    # glyph_digits, glyph_letters, mnist, fashion_mnist or kmnist
+    unseen: str = "glyph_letters"    # data set for meta-testing only: such a name, or FILE.npz
     features: str = ""               # FILE.npz with x (N, D), y (N,), any embedding, as --dataset
     data_dir: str = "data"           # folder with NAME/train-images-idx3-ubyte.gz and so on
     download: bool = False           # fetch missing official files into --data-dir
@@ -139,15 +139,15 @@ class Config:
     baseline_steps: int = 800        # meta-training steps of the baselines
     plateau: bool = True             # train the interventions of panel (c)
     baselines: bool = True           # train the LSTM, outer-product LSTM and MLP of panel (d)
-    learning_rate: float = 1e-3      # of Adam [paper: unknown]; 2e-3 may never leave the plateau
-    adam_eps: float = 1e-10          # of Adam: small, as gradients on the plateau [paper, 4.3]
+    learning_rate: float = 1e-3      # of Adam [paper: unknown]; 2e-3 may stay on the plateau
+    adam_eps: float = 1e-10          # epsilon of Adam: small, as gradients are there [paper, 4.3]
     warmup: int = 100                # steps of linear warm-up
     clip: float = 1.0                # bound on the gradient norm of each run
     bf16: bool = False               # bfloat16 autocast of the model (GPU)
     eval_sequences: int = 512        # meta-test sequences a seed and data set
     seed: int = 0                    # first seed
     num_seeds: int = 1               # seeds trained side by side: seed, seed + 1, ...
-    log_every: int = 50              # steps between evaluations
+    log_every: int = 50              # steps between lines of the log
     save_every: int = 250            # steps between checkpoints
 
     def __post_init__(self):
@@ -158,7 +158,8 @@ class Config:
             if type(value) in (int, float) and not (above and value <= high.get(name, 1e300)):
                 raise ValueError(f"--{name.replace('_', '-')} must be "
                                  + (f"at least {low[name]}" if name in low else "above 0")
-                                 + f" and at most {high.get(name, 'finite')}, not {value}")
+                                 + (f" and at most {high[name]}" if name in high else " and finite")
+                                 + f", not {value}")
         if self.center not in ("pixel", "global") or self.projection not in ("gram", "hash"):
             raise ValueError("--center is pixel or global, --projection is gram or hash")
         if self.d_model % self.heads or self.sweep_d_model % self.heads:
@@ -242,7 +243,7 @@ def gram_projection(x, noise=None):
     gram = x @ x.mT / x.shape[-1]
     # Repeated images make G singular. The jitter lets their projections differ by a hundredth.
     gram.diagonal(dim1=-2, dim2=-1).add_(1e-4)
-    factor = torch.linalg.cholesky_ex(gram)[0]       # _ex: no error check, which would stop a GPU
+    factor = torch.linalg.cholesky_ex(gram)[0]       # _ex: no check, a GPU would wait
     return factor @ (torch.randn_like(x) if noise is None else noise)
 
 
@@ -255,7 +256,8 @@ class Variant(NamedTuple):
 
 
 def stream(seed, purpose, device):
-    """Random generator of one seed for one purpose: 0 training, 1-5 tests, 6 weights, 7 glyphs.
+    """Random generator of one seed for one purpose: 0 training, 1-5 tests (4 to tune
+    the hand-written rules), 6 weights, 7 glyphs.
 
     The number is small, because torch's CPU generator keeps only 32 bits of it.
     """
@@ -306,8 +308,9 @@ def sample_batch(data, variants, seeds, generators, batch, length, bank=None, di
 
 
 def random_batch(generators, batch, length, n_in, classes):
-    """The `random` data, as recalled: ten points U(0, 1)^D with independent uniform labels, drawn
-    with replacement -> x (seeds, B, T, D), y (seeds, B, T). Identical inputs stay identical."""
+    """The `random` data, as recalled: ten points U(0, 1)^D, standardised and projected, with
+    independent uniform labels, drawn with replacement -> x (seeds, B, T, D), y (seeds, B, T).
+    Identical inputs stay identical."""
     points = (per_seed(torch.rand, generators, batch, 10, n_in) - 0.5) * math.sqrt(12)
     points = gram_projection(points, per_seed(torch.randn, generators, batch, 10, n_in))
     labels = (per_seed(torch.rand, generators, batch, 10) * classes).long()
@@ -538,7 +541,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
 
     def forward(self, h):                                                      # (B, T, H)
-        shape, h = h.shape, h.flatten(0, 1)        # rows: ReLU in place would copy a view
+        shape, h = h.shape, h.flatten(0, 1)        # rows: ReLU in place on a view copies
         qkv = self.qkv(self.norm1(h)).view(*shape[:2], 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (B, heads, T, d)
         h = h + self.out(causal_attention(q, k, v).transpose(1, 2).reshape(h.shape))
@@ -694,8 +697,8 @@ def meta_step(loss_function, params, adam, x, y, clip, run):
 
 
 # ---- 5. TRAINING -------------------------------------------------------------------------------
-# `run` is the machine, see section 8: run.steps(stage, total, state) counts the steps, restores and
-# saves `state`; run.share(batch) and run.average(tensors) serve several processes.
+# `run` (class Run, section 8) stands for the machine: run.steps(stage, total, state) counts the
+# steps, restores and saves `state`; run.share(batch), run.average(tensors) are for many processes.
 
 
 def learner(cfg, run, build, seeds, variants, adam_eps=0.0):
@@ -861,7 +864,7 @@ def plan(cfg, flops_per_second):
 def experiment(cfg, run):
     """Meta-train the models of the figure; test them and the hand-written rules on the same tasks.
 
-    -> {"per_seed": a dictionary a seed with "headline" numbers, "beside": notes for the closing
+    -> {"per_seed": a dictionary per seed with "headline" numbers, "beside": notes for the closing
     table, "models": sizes}
     """
     name = cfg.features or cfg.dataset
@@ -906,6 +909,7 @@ def experiment(cfg, run):
     general = [Variant("unlimited", 0, cfg.burst, cfg.label_bias)]
     finite = [general[0]._replace(name=f"K={k}", num_tasks=int(k))
               for k in cfg.sweep.split(",") if k]
+    # The interventions of panel (c); "uniform" is none
     levers = [Variant("uniform"), Variant("label bias 0.9", label_bias=0.9)] * cfg.plateau
     meta_train("learner", transformer(cfg.d_model), general, cfg.steps)
     if finite or levers:
@@ -920,8 +924,8 @@ def experiment(cfg, run):
         meta_train("outer-product LSTM", lambda: OuterProductLSTM(
             n_in, cfg.classes, 4, max(1, width // 4)), general, steps)
         meta_train("MLP", lambda: MLP(n_in, cfg.classes, 4 * width), finite[:1] + general, steps)
-    per_seed = [seed_summary(run, i, results, references) for i in range(len(run.seeds))]
-    return {"per_seed": per_seed, "beside": beside(cfg, per_seed),
+    rows = [seed_summary(run, i, results, references) for i in range(len(run.seeds))]
+    return {"per_seed": rows, "beside": beside(cfg, rows),
             "models": {stage: result["size"] for stage, result in results.items()}}
 
 
@@ -971,14 +975,14 @@ def paper_accuracy(cfg, test):
     return {"unseen_tasks": 0.737, "unseen_dataset": unseen}.get(test)
 
 
-def beside(cfg, per_seed):
+def beside(cfg, rows):
     """{headline metric: what the closing table says beside it}: chance, rules, optimum, paper."""
     notes = {}
     for test in ("unseen_tasks", "unseen_dataset", "random"):
         for end, where in (("late", late), ("last", lambda curve: curve[-1])):
             rules = [f"{rule} " + format(statistics.fmean(
-                where(row["references"][test][rule]) for row in per_seed), ".3f")
-                for rule in per_seed[0]["references"][test]]
+                where(row["references"][test][rule]) for row in rows), ".3f")
+                for rule in rows[0]["references"][test]]
             metric = f"random_{end}" if test == "random" else f"unlimited_{test}_{end}"
             notes[metric] = ", ".join([f"chance {1 / cfg.classes:.2f}", *rules])
     notes["random_late"] += f", optimum {late(random_dataset_optimum(cfg.length, cfg.classes)):.3f}"
@@ -1334,7 +1338,7 @@ class Run:
             write(self.folder / "checkpoint.pt", lambda part: torch.save(content, part))
 
     def watch(self, losses):
-        """Note the losses of a step, seeds on the leading axis; a look at once would stop a GPU."""
+        """Note the losses of a step, seeds first; to look at once would make a GPU wait."""
         self.losses.append(losses.detach().flatten())
         self.watched = self.step + 1
 

@@ -53,7 +53,7 @@ SYMBOLS
 RESULT
   Score: 0 as an untrained L, 1 as DDPG at the end of a meta-test, both measured in the same run.
   quick, 5 seeds (0-4), 4 fresh agents a test, means with 95 % t intervals; 9.2 minutes for all on
-  one core (AMD EPYC), 1.8 a seed:
+  one core (AMD EPYC):
                               score of L, frozen       REINFORCE    returns: L, DDPG, untrained L
     strongpend  seen          0.990 [0.954, 1.027]     1.016        -40.1   -38.4   -257.4
     kpoint      seen          1.055 [0.980, 1.130]     1.092        -2.68   -3.70   -18.28
@@ -154,7 +154,7 @@ class Config:
     polyak: float = 0.05             # share of the new weights in the targets' [code: 0.005]
     delay: int = 2                   # iterations between updates of policies and objective [code]
     hidden: int = 32                 # units of the two hidden layers of policy, critics [code: 350]
-    policy_scale: float = 0.1        # of the policy's first output weights, likewise [code: 1]
+    policy_scale: float = 0.1        # factor on the policy's first output weights [code: 1]
     critic_rate: float = 4e-3        # lambda_1, Adam [code: 1e-3]
     policy_rate: float = 1e-3        # lambda_2, Adam [code]
     inner_rate: float = 0.1          # lambda_3, of the inner step, SGD [code: 2, see inner_step]
@@ -162,7 +162,7 @@ class Config:
     inner_steps: int = 1             # K [code]
     objective_rate: float = 1e-2     # lambda_4, Adam [code: 1e-3]
     objective_decay: float = 0.1     # last objective_rate over the first [code: 1]
-    average: float = 0.995           # of alpha, exponential, for use; 0: the last [code: 0]
+    average: float = 0.995           # decay of the mean of alpha that is used; 0: none [code: 0]
     clip: float = 1.0                # norm of a policy's gradient, an agent's meta-gradient [code]
     symmetric: bool = True           # L does not change when all actions change sign [code: no]
     width: int = 16                  # units in L [code: 32]
@@ -191,8 +191,8 @@ class Config:
             if type(value) in (int, float) and not (above and value <= high.get(name, 1e300)):
                 raise ValueError(f"--{name.replace('_', '-')} must be "
                                  + ("at least 0" if name in zero else "above 0")
-                                 + (f" and at most {high[name]}" if name in high else "")
-                                 + f", finite, not {value}")
+                                 + (f" and at most {high[name]}" if name in high else " and finite")
+                                 + f", not {value}")
         for option in ("train", "test"):
             names = getattr(self, option).split(",")
             if len(set(names)) < len(names):
@@ -390,15 +390,15 @@ class Worlds:
     def __init__(self, names, device, others=(), repeat=1):
         """others: names of further agents, whose environments count for the largest sizes;
         repeat: steps of an environment for which an action is held, one step for the agent."""
-        self.repeat = repeat                                 # a rest of the time limit is cut off
+        self.repeat = repeat
         kinds = {name: GymEnvironment(name[4:], device) if name[:4] == "gym:" else
                  ENVIRONMENTS[name]() for name in dict.fromkeys([*names, *others])}
         for env in kinds.values():
             env.width = env.reset(1).shape[1]                # of its state
-            env.limit = env.horizon // repeat
-        short = [name for name, env in kinds.items() if env.limit < 1]
-        if short:
-            raise ValueError(f"--repeat {repeat} is longer than an episode of {short[0]}")
+            env.limit = env.horizon // repeat                # the rest is cut off
+        too_short = [name for name, env in kinds.items() if env.limit < 1]
+        if too_short:
+            raise ValueError(f"--repeat {repeat} is longer than an episode of {too_short[0]}")
         most = lambda size: max(getattr(env, size) for env in kinds.values())
         self.O, self.A, self.H = most("observations"), most("actions"), most("limit")
         self.draws, self.Z = most("draws"), most("width")
@@ -860,7 +860,7 @@ def objective(alpha, pi, a, r, d, V, act_mask, mask, symmetric=False, drop=()):
     """
     n, B, T, A = a.shape
     pairs = torch.stack([a, pi], -1).flatten(1, 3)           # (n, B T A, 2): one action direction
-    acts = layers(alpha, "action", pairs)                    # each, so that L fits any A
+    acts = layers(alpha, "action", pairs)                    # at a time, so that L fits any A
     if symmetric:
         acts = (acts + layers(alpha, "action", -pairs)) / 2
     share = act_mask / act_mask.sum(1, keepdim=True)
@@ -877,6 +877,8 @@ def objective(alpha, pi, a, r, d, V, act_mask, mask, symmetric=False, drop=()):
 
 
 # ---- 4. LEARNING RULE --------------------------------------------------------------------------
+# Equations 1 to 4, as functions of flat weights and a batch of sequences; then one update of the
+# critics and one of the policies. alpha's own step is in `train`.
 
 
 class Batch(NamedTuple):
@@ -1038,8 +1040,8 @@ def policy_update(agents, active, alpha, objective_share, rule="objective"):
 
 
 # ---- 5. TRAINING -------------------------------------------------------------------------------
-# `run` is the machine, see section 8: run.steps(stage, total, state) counts the steps, restores and
-# saves `state`; run.share and run.average serve several processes.
+# `run` (class Run, section 8) stands for the machine: run.steps(stage, total, state) counts the
+# steps, restores and saves `state`; run.share(batch), run.average(tensors) are for many processes.
 
 
 class Agents:
@@ -1200,7 +1202,8 @@ class Agents:
 
 def learn(agents, age, iteration, alpha, objective_share, rule):
     """Steps and updates of one iteration, the same in meta-training and meta-tests, for agents of
-    ages age (n, 1); the others: see policy_loss -> critic losses (n,), whose policies learn (n, 1).
+    ages age (n, 1); other arguments as policy_loss -> critic losses (n,), and 1. where a policy
+    learns (n, 1).
     """
     cfg = agents.cfg
     # COLLECT
@@ -1248,15 +1251,15 @@ def train(cfg, run):
         if cfg.life and iteration and any((iteration - t) % cfg.life == 0 for t in deaths):
             agents.birth(age == 0)
         # COLLECT, INNER UPDATE
-        copies, share = alpha.repeat_interleave(own, 0), min(1.0, iteration / (cfg.anneal or 1))
+        alphas, share = alpha.repeat_interleave(own, 0), min(1.0, iteration / (cfg.anneal or 1))
         rule = "annealed" if share < 1 or cfg.teachers else "objective"
         share = torch.where(teacher, 0.0, share)[:, 0]
-        losses, active = learn(agents, age, iteration, copies, share, rule)
+        losses, active = learn(agents, age, iteration, alphas, share, rule)
         run.watch(agents.gather(losses))
         # META UPDATE
         if (iteration + 1) % cfg.delay == 0:
             batch = agents.sample(cfg.sequences * (cfg.inner_steps + 1))
-            gradient, *numbers = agents.call(meta_gradient, copies, agents.phi,
+            gradient, *numbers = agents.call(meta_gradient, alphas, agents.phi,
                                              agents.theta[:, :1], batch)
             gradient = clip(gradient, cfg.clip) * active
             total, count = (x.view(S, own, -1).sum(1) for x in (gradient, active))
@@ -1320,7 +1323,7 @@ def meta_test(alpha, env, seed, cfg=Config(), run=None, stage="meta-test", rule=
     """Fresh agents, `test_agents` in each environment of env ("servo,kreach"); their policies learn
     from the frozen L alone: alpha (S, W), for seeds seed (a list, or a number for S = 1).
 
-    rule: or "ddpg", "reinforce", for which alpha does not matter
+    rule: "objective", or "ddpg", "reinforce", for which alpha does not matter
     -> returns without noise (S, points, environments, test_agents), at 0, test_every, ... and
     test_iterations
     """
@@ -1332,13 +1335,13 @@ def meta_test(alpha, env, seed, cfg=Config(), run=None, stage="meta-test", rule=
     judge, points = agents.new_worlds(device), [*range(0, total, cfg.test_every), total]
     returns = torch.zeros(len(seeds), len(points), agents.N, device=device)
     age = torch.zeros_like(agents.policy_updates)            # the same for all
-    copies = alpha.repeat_interleave(len(age) // len(seeds), 0)
+    alphas = alpha.repeat_interleave(len(age) // len(seeds), 0)
     state = {"agents": agents, "returns": returns}
     for iteration in run.steps(stage, total, state) if run else range(total):
         if iteration == 0:
             returns[:, 0] = agents.gather(evaluate(agents, judge))
         age.fill_(iteration)
-        losses, _ = learn(agents, age, iteration, copies, age[:, 0], rule)
+        losses, _ = learn(agents, age, iteration, alphas, age[:, 0], rule)
         if run:
             run.watch(agents.gather(losses))
         if iteration + 1 in points:
@@ -1467,7 +1470,7 @@ def short(x):
 
 def report(cfg, run, returns, trained_on, grid, push):
     """Scores: 0 as untrained L, 1 as DDPG, each at the end of a meta-test, mean of its agents ->
-    {"per_seed": a dictionary a seed with "headline" numbers, "beside": notes for the closing table,
+    {"per_seed": a dictionary per seed with "headline" numbers, "beside": for the closing table,
     "points": iterations of the tests' curves, "trained_on", "grid": see learned_gradient}."""
     names, per_seed, notes = cfg.test.split(","), [], {}
     final = {stage: x[:, -1].mean(2) for stage, x in returns.items()}          # (S, environments)
@@ -1828,7 +1831,7 @@ class Run:
             write(self.folder / "checkpoint.pt", lambda part: torch.save(content, part))
 
     def watch(self, losses):
-        """Note the losses of a step, seeds on the leading axis; a look at once would stop a GPU."""
+        """Note the losses of a step, seeds first; to look at once would make a GPU wait."""
         self.losses.append(losses.detach().flatten())
         self.watched = self.step + 1
 

@@ -64,7 +64,8 @@ RESULT
   evaluator, which no longer changes with c. Of 16 other seeds (20-27, 30-37) none did.
   swimmer_coarse, 8 seeds of 4,800 episodes, 8.8 minutes: tracking error 0.106 (0.060 to 0.160),
   untrained 0.319; noise-free policy for the best return seen 33.4, ARS' last policy 87.2; best
-  episode 52.4, of ARS 94.2, of random search 35.6. paper preset (one GPU), exact Swimmer: not run.
+  episode 52.4, of ARS 94.2, of random search 35.6.
+  paper preset (one GPU), exact Swimmer: not run yet.
 
 DIFFERS
   1. quick: small networks, MountainCarContinuous, K = 4 policies an iteration with a mixture of
@@ -150,7 +151,7 @@ class Config:
     checkpoint: str = ""             # of the generator to ask
     seed: int = 0                    # first seed
     num_seeds: int = 1               # seeds trained side by side: seed, seed + 1, ...
-    log_every: int = 10              # iterations between evaluations
+    log_every: int = 10              # iterations between lines of the log
     save_every: int = 25             # iterations between checkpoints
 
     def __post_init__(self):
@@ -162,7 +163,8 @@ class Config:
             if type(value) in (int, float) and not (above and value <= high.get(name, 1e300)):
                 raise ValueError(f"--{name.replace('_', '-')} must be "
                                  + (f"at least {low[name]}" if name in low else "above 0")
-                                 + f" and at most {high.get(name, 'finite')}, not {value}")
+                                 + (f" and at most {high[name]}" if name in high else " and finite")
+                                 + f", not {value}")
         if self.env not in ENVIRONMENTS and not self.env.startswith("gym:"):
             raise ValueError(f"no environment {self.env!r}: {', '.join(ENVIRONMENTS)} or gym:ID")
         if self.policy_hidden % self.slice_size:
@@ -628,6 +630,7 @@ class Evaluator(nn.Module):
 
 
 # ---- 4. LEARNING RULE --------------------------------------------------------------------------
+# Two regressions: the evaluator's on returns seen, and the generator's through the evaluator.
 
 
 def recency_probabilities(n, omega):
@@ -667,8 +670,8 @@ def descend(losses, parameters, adam, run):
 
 
 # ---- 5. TRAINING -------------------------------------------------------------------------------
-# `run` is the machine, see section 8: run.steps(stage, total, state) counts the steps, restores and
-# saves `state`; run.share and run.average serve several processes.
+# `run` (class Run, section 8) stands for the machine: run.steps(stage, total, state) counts the
+# steps, restores and saves `state`; run.share(batch), run.average(tensors) are for many processes.
 
 
 class Normaliser:
@@ -718,7 +721,7 @@ def rollout(env, act, moments, starts, step=None):
         state = torch.where(alive > 0, after, state)         # an episode that ended stays as it was
         returns += torch.where(alive > 0, reward[:, None], 0)
         alive = alive * ~done[:, None]
-        if t % 50 == 49 and not alive.any():                 # a look at every step stops a GPU
+        if t % 50 == 49 and not alive.any():                 # looking makes a GPU wait
             break
     by_seed = lambda part: part.unflatten(0, (S, K)).to(wide(device)).sum(1)
     return returns.view(S, K), (by_seed(count), by_seed(total), by_seed(squares))
@@ -754,8 +757,8 @@ def sample_replay(theta, returns, count, cfg, generators):
 def train(cfg, run, stage, order, env, rule="evaluator", report=()):
     """The paper's loop for all seeds at once -> generator, evaluator, normaliser, returns (S, n).
 
-    rule: "evaluator" (the paper's), "hindsight" (without one), "none" (random search: nothing
-    learns);  report: iterations after which the whole range of commands is tested
+    rule: "evaluator" (the paper's), "hindsight" (without one), "none" (random search: the untrained
+    generator's policies plus noise);  report: iterations after which all commands are tested
     """
     (generator, evaluator), S, K = networks(cfg, env, run), len(run.seeds), cfg.policies
     sizes, scale = policy_sizes(env, cfg.policy_hidden), env.scale
@@ -789,11 +792,11 @@ def train(cfg, run, stage, order, env, rule="evaluator", report=()):
         minibatch = lambda: [        # shared out, but for the first ones, smaller than cfg.batch
             run.share(part) if part.shape[1] % run.world == 0 else part
             for part in sample_replay(replay, returns, n + K, cfg, streams)]
-        # INNER UPDATE: the evaluator, with its probing states
+        # UPDATE: the evaluator, with its probing states
         for _ in range(cfg.evaluator_steps if rule == "evaluator" else 0):
             losses["evaluator_loss"] = descend(
                 evaluator_loss(evaluator, *minibatch()), of_v, adam_v, run)
-        # META UPDATE: the generator, through the evaluator, which stays as it is
+        # UPDATE: the generator, through the evaluator, which stays as it is
         if cfg.schedule:                                     # see DIFFERS 1
             done = iteration / cfg.iterations
             rate = cfg.generator_rate * min(0.1 + 4.5 * done, 1.225 - 1.125 * done)
@@ -884,8 +887,8 @@ def ars(cfg, run, env, order=5, directions=8, top=4):
                                               "normaliser": vars(normaliser)}):
         delta = per_seed(torch.randn, streams, directions, *M.shape[1:])       # (S, N, A, O)
         both = M[:, None] + cfg.ars_noise * torch.cat([delta, -delta], 1)
-        noise = per_seed(torch.rand, streams, 2 * directions, env.draws)
-        returns, seen = rollout(env, act(both), normaliser.moments(), noise)
+        starts = per_seed(torch.rand, streams, 2 * directions, env.draws)
+        returns, seen = rollout(env, act(both), normaliser.moments(), starts)
         normaliser.add(*seen)
         best.copy_(torch.maximum(best, returns.amax(1)))
         plus, minus = returns.chunk(2, 1)                                      # (S, N)
@@ -899,10 +902,10 @@ def ars(cfg, run, env, order=5, directions=8, top=4):
             mean = returns.mean(1)
             run.log([{"seed": seed, "best_seen": best[s].item(), "mean_return": mean[s].item()}
                      for s, seed in enumerate(run.seeds)])
-    noise = per_seed(torch.rand, [stream(seed, 10, run.device) for seed in run.seeds],
-                     cfg.eval_episodes, env.draws)
+    starts = per_seed(torch.rand, [stream(seed, 10, run.device) for seed in run.seeds],
+                      cfg.eval_episodes, env.draws)
     last = M[:, None].expand(-1, cfg.eval_episodes, -1, -1)
-    return best, rollout(env, act(last), normaliser.moments(), noise)[0].mean(1)
+    return best, rollout(env, act(last), normaliser.moments(), starts)[0].mean(1)
 
 
 def plan(cfg, flops_per_second):
@@ -924,7 +927,7 @@ def plan(cfg, flops_per_second):
 
 
 def experiment(cfg, run):
-    """Train, test the whole range of commands, compare -> {"per_seed": a dictionary a seed with
+    """Train, test the whole range of commands, compare -> {"per_seed": a dictionary per seed with
     "headline" numbers, "beside": notes for the closing table, "solved": the environment's level}.
     """
     env = environment(cfg, run.device)
@@ -1334,7 +1337,7 @@ class Run:
             write(self.folder / "checkpoint.pt", lambda part: torch.save(content, part))
 
     def watch(self, losses):
-        """Note the losses of a step, seeds on the leading axis; a look at once would stop a GPU."""
+        """Note the losses of a step, seeds first; to look at once would make a GPU wait."""
         self.losses.append(losses.detach().flatten())
         self.watched = self.step + 1
 

@@ -28,7 +28,7 @@ ALGORITHM (one update)
   with each minibatch also v^k <- towards G^k, which stays fixed
   The end of an episode's time counts as an end, as in [code].
 
-  RND:    R_t = beta n_t,  n_t = |z_t - p(o_t)|, p trained towards z. For action a_t, as in [code].
+  RND:    R_t = beta n_t,  n_t = |z_t - p(o_t)|, p trained towards z. It rewards a_t, as in [code].
   NovelD: R_t = beta max(n_(t+1) - n_t / 2, 0).
 
 SYMBOLS
@@ -51,7 +51,7 @@ RESULT
   quick, a lock of 16 columns, 250,000 frames, seeds 0-4, 3.4 minutes for all nine runs on 2 CPU
   cores (AMD EPYC); mean with its 95 % interval:
                       farthest column      greedy return (optimum 9), each seed
-    RC-GVF            15.8 [15.2, 16.4]     8.9   9.0   0.2   9.0  -0.8     opened by 4 of 5 seeds
+    RC-GVF            15.8 [15.2, 16.4]     8.9   9.0   0.2   9.0  -0.8     open in 4 of 5 seeds
     RND               13.6 [12.2, 15.0]    -0.7  -0.6  -0.7  -0.8  -0.4
     NovelD            13.6 [11.3, 15.9]     0.3  -0.6  -0.6  -0.6  -0.4
     PPO                2.8 [2.2, 3.4]       0.0 in all
@@ -60,11 +60,12 @@ RESULT
   RC-GVF minus RND, paired: 2.2 [0.8, 3.6] columns; on ten other seeds (10-19) 2.2 [0.6, 3.8], 16.0
   against 13.8, greedy return 6.8 against 1.4. Run on to 300,000 frames it is 1.6 [-0.5, 3.7] on
   seeds 0-4 (seen before the length was set): RND comes after, and there is no column beyond 16.
-  Stalled seeds miss the last two or three columns (panel d). Error and disagreement do as well
-  alone, and gamma_z = 0 not much worse: this world is too simple to tell. RC-GVF's bonus falls
-  306-fold within 25,000 frames.
+  Open: passed once, while exploring; greedily 3 of 5 pass it, the other two miss the last two or
+  three columns (panel d). Error and disagreement do as well alone, and gamma_z = 0 not much
+  worse: this world is too simple to tell. RC-GVF's bonus falls 306-fold within 25,000 frames.
   MiniGrid MultiRoom-N4-S5, 800,000 frames, seeds 0-2, 10.4 minutes: return at the end (mean of the
-  last tenth) RC-GVF 0.77 0.77 0.77, RND 0.51 0.77 0.01, PPO 0. paper preset: not run yet.
+  last tenth) RC-GVF 0.77 0.77 0.77, RND 0.51 0.77 0.01, PPO 0.
+  paper preset (one GPU): not run yet.
 
 DIFFERS
   1. quick: a lock of 16 columns, networks of 64 units, 96 environments, larger rates. The betas of
@@ -157,7 +158,7 @@ class Config:
     rollout: int = -1                # steps between updates, T
     minibatch: int = -1              # frames of a minibatch, a seed
     epochs: int = -1                 # passes over a rollout
-    recurrence: int = -1             # steps back-propagated through memory, R
+    recurrence: int = -1             # steps back-propagated through memory, L
     gamma: float = 0.99              # discount of rewards
     lam: float = 0.95                # of generalised advantage estimates
     clip: float = 0.2                # of probability ratios, and of values in reward units
@@ -174,8 +175,8 @@ class Config:
     lambda_z: float = 0.9            # trace of their TD(lambda) targets
     bonus: str = "product"           # of error and disagreement; or error, disagreement, std
     beta_rcgvf: float = -1           # size of RC-GVF's intrinsic reward
-    beta_rnd: float = -1             # of RND's
-    beta_noveld: float = -1          # of NovelD's
+    beta_rnd: float = -1             # size of RND's intrinsic reward
+    beta_noveld: float = -1          # size of NovelD's intrinsic reward
     noveld_alpha: float = 0.5        # NovelD: next novelty minus this times the present one
     hidden: int = -1                 # units of the agent
     predictor_hidden: int = -1       # units of RC-GVF's predictors
@@ -206,7 +207,8 @@ class Config:
             if type(value) in (int, float) and not (above and value <= high.get(name, 1e300)):
                 raise ValueError(f"--{name.replace('_', '-')} must be "
                                  + ("at least 0" if name in zero else "above 0")
-                                 + f" and at most {high.get(name, 'finite')}, not {value}")
+                                 + (f" and at most {high[name]}" if name in high else " and finite")
+                                 + f", not {value}")
         if self.task == "lock" and self.horizon < 2:
             raise ValueError(f"--horizon must be at least 2, not {self.horizon}")
         if self.task == "lock" and (self.panorama or self.counts):
@@ -869,6 +871,7 @@ class FeaturePredictor(nn.Module):
 
 
 # ---- 4. LEARNING RULE --------------------------------------------------------------------------
+# RC-GVF's targets and bonus, those of the baselines, and PPO on the sum of both rewards.
 
 
 def gvf_returns(z, v, v_last, done, gamma_z, lambda_z):
@@ -924,7 +927,8 @@ def gae(reward, value, value_last, done, gamma, lam):
 def ppo_loss(logits, value, batch, cfg):
     """Sequences (S, L, B, ...) -> loss (S,), entropy (S,), with rho the ratio of probabilities:
 
-    mean of -min(rho A, clip(rho) A) + c_v max((V - G)^2, (V_old + clip(V - V_old) - G)^2) - c_e H
+    mean of -min(rho advantage, clip(rho) advantage) - c_e entropy
+            + c_v max((V - return)^2, (V_old + clip(V - V_old) - return)^2)
     """
     log_p = logits.log_softmax(-1)
     ratio = (log_p.gather(-1, batch["action"][..., None])[..., 0] - batch["log_p"]).exp()
@@ -960,8 +964,9 @@ def descend(losses, networks, optimisers, limit, run):
 
 
 # ---- 5. TRAINING -------------------------------------------------------------------------------
-# `run` is the machine, see section 8: run.steps(stage, total, state) counts the steps, restores and
-# saves `state`; run.share and run.average serve several processes. Buffers are (T, S, N, ...).
+# `run` (class Run, section 8) stands for the machine: run.steps(stage, total, state) counts the
+# steps, restores and saves `state`; run.share(batch), run.average(tensors) are for many processes.
+# Buffers are (T, S, N, ...): time first.
 
 
 def networks(cfg, run, env, method):
@@ -1057,19 +1062,19 @@ def curiosity(cfg, method, beta, predictor, features, buffer, carry):
 
 
 def minibatches(cfg, streams, shifted):
-    """Indices into flattened buffers, each (S, R, n): n segments of R steps, in random order.
+    """Indices into flattened buffers, each (S, L, n): n segments of L steps, in random order.
 
-    shifted, every second epoch if R > 1: segments start half their length later, and those that
+    shifted, every second epoch if L > 1: segments start half their length later, and those that
     would leave the rollout are left out [code].
     """
-    T, N, R, S = cfg.rollout, cfg.envs, cfg.recurrence, len(streams)
-    shift = R // 2 if shifted else 0
-    steps = torch.arange(shift, T - R + 1, R) * S * N
+    T, N, L, S = cfg.rollout, cfg.envs, cfg.recurrence, len(streams)
+    shift = L // 2 if shifted else 0
+    steps = torch.arange(shift, T - L + 1, L) * S * N
     starts = (torch.arange(N)[:, None] + steps).flatten().to(streams[0].device)
     order = per_seed(torch.rand, streams, len(starts)).argsort(1)
     seed = torch.arange(S, device=starts.device)[:, None] * N
-    step = torch.arange(R, device=starts.device)[:, None] * S * N
-    for part in (starts[order] + seed).split(cfg.minibatch // R, 1):
+    step = torch.arange(L, device=starts.device)[:, None] * S * N
+    for part in (starts[order] + seed).split(cfg.minibatch // L, 1):
         yield part[:, None] + step
 
 
@@ -1089,7 +1094,7 @@ def train(cfg, run, stage, order, method, beta):
     carry = begin(cfg, env, agent, predictor, S)
     per_update = cfg.rollout * N
     total = max(1, round(cfg.frames / per_update))
-    finished, epochs = torch.zeros(S, N, 3, device=device), [0]  # return so far; ended: sum, number
+    finished, epochs = torch.zeros(S, N, 3, device=device), [0]  # returns: running; ended, number
     latest = torch.zeros(S, device=device)                   # mean return of what ended last
     state = {"nets": nets, "adams": adams, "streams": streams, "env": vars(env), "carry": carry,
              "finished": finished, "latest": latest, "epochs": epochs}
@@ -1152,7 +1157,7 @@ def both_losses(cfg, nets, batch):
 
 
 def update(cfg, run, nets, adams, flat, index, losses_of=both_losses):
-    """One gradient step of both networks on the segments `index` (S, R, n) -> losses, entropy (S,).
+    """One gradient step of both networks on the segments `index` (S, L, n) -> losses, entropy (S,).
 
     Weights move on while a rollout is used again and again, stored memories would not: those of a
     segment's later steps are overwritten with what this pass has computed [code].
@@ -1243,7 +1248,7 @@ def plan(cfg, flops_per_second):
 
 
 def experiment(cfg, run):
-    """Train all methods, compare -> {"per_seed": a dictionary a seed with "headline" numbers,
+    """Train all methods, compare -> {"per_seed": a dictionary per seed with "headline" numbers,
     "beside": notes for the closing table, "level": for the figure}."""
     knows, level = None, draw_level(cfg)
     for order, (stage, (method, beta, changes)) in enumerate(stages(cfg).items()):
@@ -1426,7 +1431,9 @@ def plot_level(axis, summary, rows):
     (left, top), (right, bottom) = drawn.min(0), drawn.max(0)
     axis.set(xlim=(left - 0.6, right + 0.6), ylim=(bottom + 0.6, top - 0.6))
     axis.set_axis_off()
-    return f"{summary['config']['env']}: tinted: what the agent sees"
+    config = summary["config"]
+    return ("The other task: " if config["task"] == "lock" else "") + (
+        f"{config['env']}, tinted: what is seen")
 
 
 # ---- 8. RUN ------------------------------------------------------------------------------------
@@ -1641,7 +1648,7 @@ class Run:
             write(self.folder / "checkpoint.pt", lambda part: torch.save(content, part))
 
     def watch(self, losses):
-        """Note the losses of a step, seeds on the leading axis; a look at once would stop a GPU."""
+        """Note the losses of a step, seeds first; to look at once would make a GPU wait."""
         self.losses.append(losses.detach().flatten())
         self.watched = self.step + 1
 

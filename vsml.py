@@ -58,7 +58,7 @@ SYMBOLS
   accuracy is the mean over all predictions of a lifetime, from the first on.
 
 RESULT
-  quick, means of 5 seeds (0-4) with 95 % t intervals, 2 CPU cores (AMD EPYC), 2.7 min a seed:
+  quick, means of 5 seeds (0-4) with 95 % t intervals, 2 CPU cores (AMD EPYC), 12.4 min for all:
     unseen 5 classes, accuracy over 200 examples    0.945 [0.940, 0.949]   best SGD 0.938
     unseen 10 classes, 8 x 8                        0.931 [0.925, 0.936]   best SGD 0.910
       first 20 examples minus best SGD or Adam      0.084 [0.071, 0.097]
@@ -138,7 +138,8 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; each comment is the option's --help. [code]: the official release."""
+    """All settings of a run; each comment is the option's --help. [code]: as in the official
+    release; [code: x]: the release has x."""
     dataset: str = "fields"          # to meta-train on: fields, random, sum, [fashion_|k]mnist
     test: str = ""                   # real data to meta-test on as well: mnist,fashion_mnist,kmnist
     data_dir: str = "data"           # folder with NAME/train-images-idx3-ubyte.gz and so on
@@ -171,9 +172,9 @@ class Config:
     grid_steps: int = 3000           # of cloning backpropagation, whole grids
     alpha: float = 0.05              # learning rate of the cloned backpropagation
     eval_lifetimes: int = 64         # of each meta-test and seed
-    eval_length: int = 200           # their examples
-    real_lifetimes: int = 16         # the same for real data
-    real_length: int = 500           # the same for real data [code: 2000]
+    eval_length: int = 200           # examples of such a lifetime
+    real_lifetimes: int = 16         # lifetimes of each test on real data
+    real_length: int = 500           # examples of a lifetime on real data [code: 2000]
     seed: int = 0                    # first seed
     num_seeds: int = 1               # seeds trained side by side: seed, seed + 1, ...
     log_every: int = 10              # steps between lines of the log, at most 100 lines a stage
@@ -189,7 +190,8 @@ class Config:
             if type(value) in (int, float) and not (above and value <= high.get(name, 1e300)):
                 raise ValueError(f"--{name.replace('_', '-')} must be "
                                  + (f"at least {low[name]}" if name in low else "above 0")
-                                 + f" and at most {high.get(name, 'finite')}, not {value}")
+                                 + (f" and at most {high[name]}" if name in high else " and finite")
+                                 + f", not {value}")
         for option, known in (("mode", "AB"), ("optimizer", ("bptt", "es")),
                               ("reduce", ("mean", "sum")), ("dataset", (*MADE, *OFFICIAL))):
             if getattr(self, option) not in known:
@@ -669,7 +671,7 @@ def clone_loss(params, layer, x, error_of, cfg):
     y = head("up", before.h)
     error, power = error_of(y.detach().sum(-1))
     after = visit(params, before, x[:, None], error[:, None], cfg)
-    a, e = x.tanh()[:, :, None], error[..., None]                              # (S, B, 1, I), O, 1
+    a, e = x.tanh()[:, :, None], error[..., None]                   # (S, B, 1, I), (S, B, O, 1)
     # The gaps to the four targets, those of the state in units of alpha: else "never change" would
     # be nearly as good as learning.
     y_gap = y - (a * w + b)
@@ -716,8 +718,8 @@ def backpropagation(x, y, weights, alpha):
 
 
 # ---- 5. TRAINING -------------------------------------------------------------------------------
-# `run` is the machine, see section 8: run.steps(stage, total, state) counts the steps, restores and
-# saves `state`; run.share(batch) and run.average(tensors) serve several processes.
+# `run` (class Run, section 8) stands for the machine: run.steps(stage, total, state) counts the
+# steps, restores and saves `state`; run.share(batch), run.average(tensors) are for many processes.
 
 
 def train(cfg, run, stage, params, gradient, steps, rate, state, clip=math.inf, beta2=0.999):
@@ -979,7 +981,7 @@ def meta_tests(cfg, run, data):
 
 
 def summarise(logits, y, bins=40):
-    """logits (S, E, T, C), y (S, E, T) -> a dictionary a seed: accuracy over all examples, the
+    """logits (S, E, T, C), y (S, E, T) -> a dictionary per seed: accuracy over all examples, the
     first 20 and the last quarter; by position, in bins; p(correct) by earlier examples of a class.
     """
     right, T = (logits.argmax(-1) == y).float(), y.shape[-1]
@@ -995,7 +997,7 @@ def summarise(logits, y, bins=40):
 
 
 def best_of(rows, key):
-    """rows {learner: a dictionary a seed} -> (learner, value) of the best, for each seed."""
+    """rows {learner: a dictionary per seed} -> (learner, value) of the best, for each seed."""
     seeds = range(len(next(iter(rows.values()))))
     return [max(((name, row[s][key]) for name, row in rows.items()), key=lambda pair: pair[1])
             for s in seeds]
@@ -1003,7 +1005,7 @@ def best_of(rows, key):
 
 @torch.no_grad()
 def evaluate(cfg, run, tests, rules, models):
-    """All learners on all tests -> {test: {learner: a dictionary a seed, see summarise}}.
+    """All learners on all tests -> {test: {learner: a dictionary per seed, see summarise}}.
 
     rules {name: (params, Config)} of VSML;  models {name: fixed-size baseline}. SGD and Adam stand
     for their best rates, chosen on the very same lifetimes, for each number: in their favour.
@@ -1035,7 +1037,7 @@ def evaluate(cfg, run, tests, rules, models):
 def evaluate_clone(cfg, run, params):
     """The clone beside true backpropagation, same fresh lifetimes and first weights.
 
-    -> {network: a dictionary a seed}: 36 inputs and 5 classes from zero weights, 25 and 4, and 36
+    -> {network: a dictionary per seed}: 36 inputs and 5 classes from zero weights, 25 and 4, and 36
     inputs, 32 hidden tanh units, 5 classes
     """
     results = {}
@@ -1098,7 +1100,7 @@ def check_memory(cfg, run):
 
 
 def experiment(cfg, run):
-    """Meta-train, clone, meta-test -> {"per_seed": a dictionary a seed with "headline" numbers,
+    """Meta-train, clone, meta-test -> {"per_seed": a dictionary per seed with "headline" numbers,
     "beside": notes for the closing table, "classes": of each meta-test}."""
     for batch in [cfg.batch] + [32] * bool(cfg.es_steps) + [min(cfg.batch, 64)] * bool(
             cfg.baseline_steps):
@@ -1146,7 +1148,7 @@ def experiment(cfg, run):
     return {"per_seed": per_seed, "beside": beside(cfg, per_seed, classes), "classes": classes}
 
 
-def cells(cfg, row):
+def table_cells(cfg, row):
     """{headline metric: (meta-test, learner, number) that it is}, as far as they were run."""
     own, other = f"VSML {cfg.mode}", f"VSML {'A' if cfg.mode == 'B' else 'B'}"
     table = {"unseen_5class_cumulative": ("new", own, "cumulative"),
@@ -1175,7 +1177,7 @@ def headline(cfg, row):
             numbers[f"{key}meta_loss_final"] = statistics.fmean(
                 loss for step, loss, _ in history[stage] if step > history[stage][-1][0] - 20)
     numbers |= {metric: tests[test][rule][key]
-                for metric, (test, rule, key) in cells(cfg, row).items()}
+                for metric, (test, rule, key) in table_cells(cfg, row).items()}
     for key in ("first20", "late", "cumulative"):
         numbers[f"{key}_minus_best_sgd"] = tests["10 classes"][own][key] - max(
             tests["10 classes"][rule][key] for rule in ("SGD", "Adam"))
@@ -1194,7 +1196,7 @@ def beside(cfg, per_seed, classes):
              "es_meta_loss_final": "of its perturbed members; ln 3 = 1.099 at first",
              "first20_minus_best_sgd": "10 classes; the best rate of SGD and Adam, chosen here",
              "late_minus_best_sgd": "the same, last quarter"}
-    for metric, (test, own, key) in cells(cfg, per_seed[0]).items():
+    for metric, (test, own, key) in table_cells(cfg, per_seed[0]).items():
         mean = lambda rule: statistics.fmean(row["tests"][test][rule][key] for row in per_seed)
         notes[metric] = ", ".join([f"chance {1 / classes[test]:.2f}"] + [
             f"{rule} {mean(rule):.3f}" for rule in per_seed[0]["tests"][test] if rule != own])
@@ -1533,7 +1535,7 @@ class Run:
             write(self.folder / "checkpoint.pt", lambda part: torch.save(content, part))
 
     def watch(self, losses):
-        """Note the losses of a step, seeds on the leading axis; a look at once would stop a GPU."""
+        """Note the losses of a step, seeds first; to look at once would make a GPU wait."""
         self.losses.append(losses.detach().flatten())
         self.watched = self.step + 1
 

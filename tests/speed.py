@@ -1,4 +1,4 @@
-"""Rates of the hot paths, beside slower ways to the same numbers: python tests/speed.py [NAME ...] prints JSON.
+"""Rates of the hot paths, beside slower ways to the same numbers: python tests/speed.py [NAME ...] [--add].
 
 Ratios are taken in one run, all ways called in turn; on a CPU by one core, where it says so.
 """
@@ -202,13 +202,12 @@ def policy_gen_speed(cfg, run):
             moments = [torch.full((1, sizes[0]), value, device=device) for value in (0.0, 1.0)]
             play = lambda step: policy_gen.rollout(env, policy_gen.follow(policies, env, sizes), moments, starts, step)
             starts = torch.rand(1, n, env.draws, device=device)
-            steps = {"eager": env.step} | ({"compiled": run.compile(env.step)} if run.compiled
-                                           else {})
+            steps = {"eager": env.step, "compiled": torch.compile(env.step)}
             seconds = policy_gen.median_seconds(device, [lambda step=step: play(step)
                                               for step in steps.values()], repeats=3)
             rates[f"{kind}_steps_per_second_n{n}"] = {
                 name: env.horizon * n / part for name, part in zip(steps, seconds)}
-        rates |= gymnasium_rate(kind, sizes)
+        rates |= gymnasium_rate(kind, sizes, 1) | gymnasium_rate(kind, sizes, 64)
     torch.set_num_threads(threads)
     return rates
 
@@ -239,7 +238,7 @@ def paper_update(run, S):
     return 19 * g + 4 * v, 19 * flops[0] + 4 * flops[1], flops[2] / product
 
 
-def gymnasium_rate(kind, sizes, n=64):
+def gymnasium_rate(kind, sizes, n):
     """Steps a second of Gymnasium's own simulators with n different policies in torch."""
     try:
         import gymnasium
@@ -259,13 +258,19 @@ def gymnasium_rate(kind, sizes, n=64):
 
 
 def main(names):
-    """Print the rates of the scripts named, or of all."""
-    run = Machine()
+    """Print the rates of the scripts named, or of all; with --add also into results/NAME/summary.json."""
+    run, add = Machine(), "--add" in names
     settings = {"gpl_icl": lambda: gpl_icl_speed(gpl_icl.Config(), gpl_icl.load_dataset("glyph_digits", gpl_icl.Config(), run.device)[0], run),
                 "vsml": lambda: vsml_speed(run), "bayes_meta": lambda: bayes_meta_speed(bayes_meta.Config(), run),
                 "rcgvf": lambda: rcgvf_speed(rcgvf.Config(), run), "policy_gen": lambda: policy_gen_speed(policy_gen.Config(), run)}
-    for name in names or settings:
-        print(json.dumps({name: settings[name]()}), flush=True)
+    for name in [name for name in names if name != "--add"] or settings:
+        rates = settings[name]()
+        print(json.dumps({name: rates}), flush=True)
+        if add:
+            path = pathlib.Path(__file__).parent.parent / "results" / name / "summary.json"
+            summary = json.loads(path.read_text())
+            summary["rates"]["speed"] = {"command": f"python tests/speed.py {name} --add", **rates}
+            path.write_text(json.dumps(summary))
 
 
 if __name__ == "__main__":
