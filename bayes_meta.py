@@ -80,7 +80,7 @@ DIFFERS
   7. `uniform` draws whole lengths 1 .. 40: our choice. The official generator can stall on a 0.
   8. Not here: stack-LSTM, steps by length tokens, tests at twice the length (at four times: yes,
      on a fifth of the sequences).
-  9. Longer than its siblings should be: three papers, each with exact solutions, are in it.
+  9. Long, for three papers, each with exact solutions, are in it.
 
 RUN
   python bayes_meta.py                              (on a Mac: --device cpu, for its float64)

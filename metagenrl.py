@@ -90,6 +90,7 @@ DIFFERS
   5. EPG, RL^2 and PPO, the paper's other baselines, are left out; so are random resets of policies
      and a differentiable Adam step, which [code] has but switches off.
   6. torchrun shares the population out; batches, critics and policies stay with their process.
+  7. Long, for twelve environments and a bridge to gymnasium are in it.
 
 RUN
   python metagenrl.py --num-seeds 5
@@ -1428,11 +1429,11 @@ def load_objective(cfg, run):
 def plan(cfg, flops_per_second):
     """What a run of `cfg` does and how long it should take at this rate of matrix products."""
     passes = 120 * cfg.sequences * cfg.length * cfg.hidden * (cfg.hidden + 12)
-    agent = passes / (0.5 * flops_per_second)                # seconds an iteration, roughly
+    agent = passes / (0.3 * flops_per_second)                # seconds an iteration, roughly
     tests = cfg.num_seeds * cfg.test_agents * len(cfg.test.split(","))
-    train = 0 if cfg.objective else cfg.iterations * (5e-3 + cfg.num_seeds * cfg.agents * agent)
+    train = 0 if cfg.objective else cfg.iterations * (7e-3 + cfg.num_seeds * cfg.agents * agent)
     stages = 4 + cfg.extras * (1 if cfg.objective else 4)
-    minutes = (train + stages * cfg.test_iterations * (3e-3 + tests * agent / 2)) / 60
+    minutes = (train + stages * cfg.test_iterations * (4e-3 + tests * agent / 2)) / 60
     what = f"tests {cfg.objective}" if cfg.objective else (
         f"meta-trains on {cfg.train} for {cfg.iterations:,} iterations, tests")
     return f"{what} on {cfg.test}: {cfg.num_seeds} seed(s), about {minutes:.1f} min here"

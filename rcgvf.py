@@ -81,6 +81,7 @@ DIFFERS
      rooms, ObstructedMaze-2Dlhb fair levels (both the package's v1). On MiniGrid quick has smaller
      curiosity networks, more environments, a larger rate and entropy, and betas of its own.
   6. torchrun shares minibatches out; every process makes the same rollouts.
+  7. Long, for the lock and all of MiniGrid's mechanics are in it.
 
 RUN
   python rcgvf.py --num-seeds 5
@@ -1240,7 +1241,7 @@ def plan(cfg, flops_per_second):
     weights += 16 * (h * h + d * d) if cfg.task == "minigrid" else 0
     work = cfg.frames * cfg.num_seeds * (6 * cfg.epochs + 6) * weights
     updates = cfg.frames / (cfg.envs * cfg.rollout)
-    calls = cfg.rollout * 1e-3 + 3e-3 * cfg.epochs * cfg.envs * cfg.rollout / cfg.minibatch
+    calls = cfg.rollout * 2.5e-4 + 7e-4 * cfg.epochs * cfg.envs * cfg.rollout / cfg.minibatch
     minutes = len(stages(cfg)) * (work / (0.3 * flops_per_second) + updates * calls) / 60
     what = f"a lock of {cfg.horizon} columns" if cfg.task == "lock" else cfg.env
     return (f"explores {what} with {', '.join(stages(cfg))}: {cfg.num_seeds} seed(s), "
