@@ -62,7 +62,7 @@ RESULT
   Episodes score below 0 or 60 to 99, hardly anything between, so that the diagonal is a staircase
   there. Seed 3 flips by episode 240: what it writes for commands above 0 gets -4, and so says its
   evaluator, which no longer changes with c. Of 16 other seeds (20-27, 30-37) none did.
-  swimmer_coarse, 8 seeds of 4,800 episodes, 8.8 minutes: tracking error 0.106 (0.060 to 0.160),
+  swimmer_coarse, 8 seeds of 4,800 episodes, 8.2 minutes: tracking error 0.106 (0.060 to 0.160),
   untrained 0.319; noise-free policy for the best return seen 33.4, ARS' last policy 87.2; best
   episode 52.4, of ARS 94.2, of random search 35.6.
   paper preset (one GPU), exact Swimmer: not run yet.

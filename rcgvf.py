@@ -63,7 +63,7 @@ RESULT
   Open: passed once, while exploring; greedily 3 of 5 pass it, the other two miss the last two or
   three columns (panel d). Error and disagreement do as well alone, and gamma_z = 0 not much
   worse: this world is too simple to tell. RC-GVF's bonus falls 306-fold within 25,000 frames.
-  MiniGrid MultiRoom-N4-S5, 800,000 frames, seeds 0-2, 10.4 minutes: return at the end (mean of the
+  MiniGrid MultiRoom-N4-S5, 800,000 frames, seeds 0-2, 10.5 minutes: return at the end (mean of the
   last tenth) RC-GVF 0.77 0.77 0.77, RND 0.51 0.77 0.01, PPO 0.
   paper preset (one GPU): not run yet.
 
