@@ -47,7 +47,7 @@ SYMBOLS
   regret, sum_t KL(theta_t || q_t) a sequence, above 0 even for Bayes. Bandits: return lost.
 
 RESULT
-  quick, means of 5 seeds (0-4) with 95 % t intervals, 2 CPU cores (AMD EPYC), 14.3 min for all:
+  quick, means of 5 seeds (0-4) with 95 % t intervals, 2 CPU cores (AMD EPYC), 6.7 min for all:
     KL to Bayes a symbol, coin, T = 20     4.6e-5 [3.9e-5, 5.3e-5]   with a wrong prior 5.1e-3
       die 1.4e-4, Gaussian 2.6e-4, exponential 5.9e-4
     D_s network -> Bayes 9e-4 (untrained 0.055), Bayes -> network 0.092 (untrained 0.221)
@@ -1367,11 +1367,11 @@ def evaluate_switching(cfg, run):
 def plan(cfg, flops_per_second):
     """What a run of `cfg` does and how long it should take at this rate of matrix products."""
     def seconds(copies, steps, B, T, H):
-        """Of LSTMs: a seventh of the rate of products, or 0.3 ms a time step if small."""
+        """Of LSTMs: 0.4 of the rate of products, or 0.1 ms a time step if small: measured."""
         flops = 6 * copies * cfg.num_seeds * B * T * 5 * H * H
-        return steps * max(flops / (0.15 * flops_per_second), 3e-4 * T)
+        return steps * max(flops / (0.4 * flops_per_second), 1e-4 * T)
     families, models, sources = map(len, map(chosen, (cfg.families, cfg.models, cfg.sources)))
-    minutes = 0.5 + 0.3 * cfg.num_seeds * families + (
+    minutes = 0.2 + 0.1 * cfg.num_seeds * families + (
         families * seconds(1, cfg.predict_steps, cfg.predict_batch, cfg.length, cfg.predict_hidden)
         + seconds(1, cfg.bandit_steps + cfg.thompson_steps, 2 * cfg.bandit_batch, cfg.bandit_length,
                   cfg.bandit_hidden)

@@ -2,7 +2,9 @@
 
 Ratios are taken in one run, all ways called in turn; on a CPU by one core, where it says so.
 """
+import contextlib
 import copy
+import ctypes
 import json
 import pathlib
 import sys
@@ -20,6 +22,12 @@ import gpl_icl  # noqa: E402
 import policy_gen  # noqa: E402
 import rcgvf  # noqa: E402
 import vsml  # noqa: E402
+
+
+if sys.platform == "linux":                                  # as class Run does
+    with contextlib.suppress(AttributeError):
+        for option in (-1, -3):
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
 
 
 class Machine:
