@@ -1758,7 +1758,7 @@ def show(folder):
     if not isinstance(summary, dict) or SCRIPT not in summary.get("command", ""):
         die(f"nothing to draw: {folder / 'summary.json'} is not a summary of {SCRIPT}")
     plot(summary, folder / "figure.png")
-    width = max(map(len, summary["headline"]))
+    width = max(map(len, summary["headline"]), default=0)
     for name, row in summary["headline"].items():
         spread = "[{:.4g}, {:.4g}]".format(*row["ci95"]) if row["ci95"] else ""
         print(f"{name:<{width}}  {row['mean']:<9.4g} {spread:<18} "

@@ -869,6 +869,12 @@ def run_here(capsys, *options):
     return status, captured.out, captured.err
 
 
+def test_a_source_without_headline_numbers_still_ends_well(tmp_path, capsys):
+    status, out, _ = run_here(capsys, *SMOKE, "--families", "", "--bandit-steps", 0, "--thompson-steps", 0, "--sources",
+                              "uniform", "--switch-steps", 5, "--out", tmp_path / "run")
+    assert status == 0 and out.rstrip().endswith("figure.png") and (tmp_path / "run" / "figure.png").exists()
+
+
 def test_smoke_writes_all_and_replots(tmp_path, capsys):
     status, out, _ = run_here(capsys, *SMOKE, "--num-seeds", 2, "--out", tmp_path / "run")
     assert status == 0 and sorted(path.name for path in (tmp_path / "run").iterdir()) == [
