@@ -21,15 +21,16 @@ IDEA
   policies of new agents, in environments never seen, learn from that loss alone.
 
 ALGORITHM
-  for every agent i of N, in environment i mod (number of environments), repeat
-    act with pi_phi(s) + noise, store (s, a, r, d);  sample sequences tau of T steps
-    (1) theta <- Adam(theta, gradient of (Q_theta(s, a) - y)^2),  TD3's target y, twin critics
-    every second time, each on a new batch:
-    (2) phi   <- Adam(phi, clipped gradient of mean L_alpha(tau, pi_phi(s), V)),  V = Q(s, pi(s))
-    (3) phi'   = phi - lambda_3 grad_phi mean L_alpha(tau, pi_phi(s), V)         (thrown away)
-    (4) g_i    = grad_alpha of -mean Q_theta(s, pi_phi'(s)), on the sequences of (3) and as many
-                 others, so that a step has to be good where it was not made, too
-  alpha <- Adam(alpha, mean over all agents of g_i, each clipped)
+  repeat
+    for every agent i of N, in environment i mod (number of environments)
+      act with pi_phi(s) + noise, store (s, a, r, d);  sample sequences tau of T steps
+      (1) theta <- Adam(theta, gradient of (Q_theta(s, a) - y)^2),  TD3's target y, twin critics
+      every second time, each on a new batch:
+      (2) phi   <- Adam(phi, clipped gradient of mean L_alpha(tau, pi_phi(s), V)),  V = Q(s, pi(s))
+      (3) phi'   = phi - lambda_3 grad_phi mean L_alpha(tau, pi_phi(s), V)         (thrown away)
+      (4) g_i    = grad_alpha of -mean Q_theta(s, pi_phi'(s)), on the sequences of (3) and as many
+                   others, so that a step has to be good where it was not made, too
+    alpha <- Adam(alpha, mean over the agents whose policies learn of g_i, each clipped)
   L_alpha: an LSTM backwards in time over [r, V_t, V_(t+1), t/T, features of (a, pi) averaged over
   the directions of the action], r and V standardised in each minibatch, t counted from the start of
   the sequence -> a loss for each step.
@@ -1046,11 +1047,11 @@ def policy_update(agents, active, alpha, objective_share, rule="objective"):
 
 
 class Agents:
-    """A population of actor-critic learners, one in each of n environments for each of S seeds.
+    """A population of actor-critic learners, one for each of N environments and each of S seeds.
 
-    Every tensor has the leading axis S n, called n elsewhere, seed after seed; of several processes
-    each holds its share of every seed's agents. Each of the E copies of an agent's environment
-    fills its own slots of the replay in turn, an episode a slot; running episodes are not replayed.
+    Every tensor has the leading axis n = S N, seed after seed; of several processes each holds its
+    share of every seed's agents. Each of the E copies of an agent's environment fills its own slots
+    of the replay in turn, an episode a slot; running episodes are not replayed.
     """
 
     def __init__(self, names, cfg, seeds, device, purpose, run=None):
