@@ -1492,7 +1492,7 @@ def plot(summary, path):
         panels += [plot_sequence, plot_models if several else plot_regret]
     width, height = min(3, len(panels)), math.ceil(len(panels) / 3)
     figure, axes = plt.subplots(height, width, layout="constrained", squeeze=False,
-                                figsize=(4.6 * width, 3.9 * height))
+                                figsize=(max(7, 4.6 * width), 3.9 * height))
     for letter, axis, panel in zip("abcdef", axes.flat, panels):
         axis.set_title(f"({letter}) {panel(axis, summary, rows)}")
     for axis in axes.flat[len(panels):]:
@@ -1515,11 +1515,10 @@ def plot_learning(axis, summary, rows):
     for name, colour in zip(rows[0]["families"], (BLUE, ORANGE, GREEN, RED)):
         history = np.array([row["history"][f"predict {name}|{name}"] for row in rows])  # (S, n, 2)
         plot_lines(axis, history[0, :, 0], history[:, :, 1], colour, name)
-    coin = rows[0]["families"].get("bernoulli", {})
     for key, text in (("kl_half", "coin: always 1/2"),
                       ("kl_wrong_prior", "coin: Bayes, but with the prior Beta(½, ½)")):
-        if key in coin:
-            value = np.mean([row["families"]["bernoulli"][key] for row in rows])
+        value = np.mean([row["families"].get("bernoulli", {}).get(key, 0) for row in rows])
+        if value > 0:                                        # T = 1: all predict 1/2
             axis.axhline(value, color=GREY, ls=":")
             axis.text(1, value * 1.1, text, transform=axis.get_yaxis_transform(), ha="right",
                       fontsize=8)

@@ -1530,7 +1530,7 @@ def plot(summary, path):
     columns = max(len(top), min(len(bottom), 4))
     lines = 1 + math.ceil(len(bottom) / columns)
     figure, axes = plt.subplots(lines, columns, squeeze=False, layout="constrained",
-                                figsize=(4 * columns, 3.6 * lines))
+                                figsize=(max(7, 4 * columns), 3.6 * lines))
     panels = top + [None] * (columns - len(top)) + bottom
     panels += [None] * (axes.size - len(panels))
     letters = iter("abcdefghijklmnopqrstuvwxyz")

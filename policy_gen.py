@@ -1036,7 +1036,7 @@ def plot(summary, path):
     panels = [plot_asked] if cfg["ask"] else panels
     side = math.ceil(math.sqrt(len(panels)))
     figure, axes = plt.subplots(side, side, squeeze=False, layout="constrained",
-                                figsize=(5.2 * side, 4.2 * side))
+                                figsize=(max(7, 5.2 * side), 4.2 * side))
     for letter, axis, panel in zip("abcd", axes.flat, panels):
         axis.set_title(f"({letter}) {panel(axis, summary, rows)}")
     figure.suptitle(f"Generators of deep policies: {cfg['env']}. "
