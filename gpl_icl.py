@@ -47,7 +47,7 @@ RESULT
     new tasks of the digits, late     0.589 [0.565, 0.613]   1-NN 0.669
     `random`, late                    0.921 [0.907, 0.936]   optimum 0.929
     16 tasks only: seen 0.995 [0.991, 0.998], unseen 0.098 [0.082, 0.113]; no burst: 0.102
-  MNIST of 14 x 14 pixels, T = 100, 5,000 training images, 4,000 steps of batch 32, 48 min on one core:
+  MNIST of 14 x 14 pixels, T = 100, 5,000 training images, 4,000 steps, 48 min on one core:
     after 99 examples: new tasks 0.619 [0.580, 0.658], the paper's table 0.737 (1-NN 0.715);
     Fashion-MNIST, never trained on, 0.591 [0.510, 0.671], the paper's table 0.622 (1-NN 0.651)
   paper preset (one GPU): not run yet.
