@@ -85,7 +85,7 @@ DIFFERS
 RUN
   python bayes_meta.py                              (on a Mac: --device cpu, for its float64)
   python bayes_meta.py --families "" --bandit-steps 0 --thompson-steps 0 --sources ptw,lin \
-      --models rnn,lstm,stack_rnn,transformer_alibi          only the coins that switch
+      --models rnn,lstm,stack_rnn,transformer_alibi --out runs/bayes_meta/coins    that switch
   torchrun --standalone --nproc_per_node=8 bayes_meta.py --preset paper
 """
 import argparse
@@ -1492,7 +1492,7 @@ def plot(summary, path):
         panels += [plot_sequence, plot_models if several else plot_regret]
     width, height = min(3, len(panels)), math.ceil(len(panels) / 3)
     figure, axes = plt.subplots(height, width, layout="constrained", squeeze=False,
-                                figsize=(max(7, 4.6 * width), 3.9 * height))
+                                figsize=(max(8.4, 4.6 * width), 3.9 * height))
     for letter, axis, panel in zip("abcdef", axes.flat, panels):
         axis.set_title(f"({letter}) {panel(axis, summary, rows)}")
     for axis in axes.flat[len(panels):]:
@@ -1639,8 +1639,9 @@ def plot_models(axis, summary, rows):
 
 # ---- 8. RUN ------------------------------------------------------------------------------------
 # Command line, run folder, exact resume, signals, devices, processes: the same text in all six
-# scripts. It knows no paper; of the script it uses Config, PRESETS, plan(cfg, flops_per_second),
-# experiment(cfg, run) and plot(summary, path).
+# scripts. It knows no paper; of the script it uses the imports, Config (with seed, num_seeds and
+# save_every), PRESETS, plan(cfg, flops_per_second) -> a line, plot(summary, path) and
+# experiment(cfg, run) -> {"per_seed": [{"headline": {name: number}}, ..], "beside": {name: text}}.
 
 SCRIPT = os.path.basename(__file__)
 

@@ -71,7 +71,7 @@ DIFFERS
 
 RUN
   python gpl_icl.py                                 glyphs drawn from fonts: no files, no network
-  python gpl_icl.py --dataset mnist --unseen fashion_mnist --data-dir data --download
+  python gpl_icl.py --dataset mnist --unseen fashion_mnist --download --out runs/gpl_icl/mnist
   torchrun --standalone --nproc_per_node=8 gpl_icl.py --preset paper
 """
 import argparse
@@ -1128,8 +1128,9 @@ def plot_memory(axis, cfg, rows, models):
 
 # ---- 8. RUN ------------------------------------------------------------------------------------
 # Command line, run folder, exact resume, signals, devices, processes: the same text in all six
-# scripts. It knows no paper; of the script it uses Config, PRESETS, plan(cfg, flops_per_second),
-# experiment(cfg, run) and plot(summary, path).
+# scripts. It knows no paper; of the script it uses the imports, Config (with seed, num_seeds and
+# save_every), PRESETS, plan(cfg, flops_per_second) -> a line, plot(summary, path) and
+# experiment(cfg, run) -> {"per_seed": [{"headline": {name: number}}, ..], "beside": {name: text}}.
 
 SCRIPT = os.path.basename(__file__)
 

@@ -1269,7 +1269,8 @@ def train(cfg, run):
             updates += count > 0
             rate = cfg.objective_rate * (
                 1 - (1 - cfg.objective_decay) * iteration / cfg.iterations)
-            adam(alpha, *moments, updates, total / count.clamp(min=1), rate)
+            count = torch.where(count > 0, count, 1)         # per process, as total is
+            adam(alpha, *moments, updates, total / count, rate)
             used.lerp_(alpha, 1 - cfg.average)
         # LOG
         for point, snapshot in zip(points, kept):
@@ -1530,7 +1531,7 @@ def plot(summary, path):
     columns = max(len(top), min(len(bottom), 4))
     lines = 1 + math.ceil(len(bottom) / columns)
     figure, axes = plt.subplots(lines, columns, squeeze=False, layout="constrained",
-                                figsize=(max(7, 4 * columns), 3.6 * lines))
+                                figsize=(max(8.4, 4 * columns), 3.6 * lines))
     panels = top + [None] * (columns - len(top)) + bottom
     panels += [None] * (axes.size - len(panels))
     letters = iter("abcdefghijklmnopqrstuvwxyz")
@@ -1623,8 +1624,9 @@ def plot_test(axis, summary, rows, name):
 
 # ---- 8. RUN ------------------------------------------------------------------------------------
 # Command line, run folder, exact resume, signals, devices, processes: the same text in all six
-# scripts. It knows no paper; of the script it uses Config, PRESETS, plan(cfg, flops_per_second),
-# experiment(cfg, run) and plot(summary, path).
+# scripts. It knows no paper; of the script it uses the imports, Config (with seed, num_seeds and
+# save_every), PRESETS, plan(cfg, flops_per_second) -> a line, plot(summary, path) and
+# experiment(cfg, run) -> {"per_seed": [{"headline": {name: number}}, ..], "beside": {name: text}}.
 
 SCRIPT = os.path.basename(__file__)
 

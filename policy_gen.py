@@ -87,7 +87,7 @@ DIFFERS
 
 RUN
   python policy_gen.py --num-seeds 8
-  python policy_gen.py --ask 75 --checkpoint runs/policy_gen/quick-seed0-7/checkpoint.pt
+  python policy_gen.py --ask=-80,-50,-20,90 --checkpoint runs/policy_gen/quick-seed0-7/checkpoint.pt
   torchrun --standalone --nproc_per_node=8 policy_gen.py --preset paper --num-seeds 16
 """
 import argparse
@@ -1036,7 +1036,7 @@ def plot(summary, path):
     panels = [plot_asked] if cfg["ask"] else panels
     side = math.ceil(math.sqrt(len(panels)))
     figure, axes = plt.subplots(side, side, squeeze=False, layout="constrained",
-                                figsize=(max(7, 5.2 * side), 4.2 * side))
+                                figsize=(max(8.4, 5.2 * side), 4.2 * side))
     for letter, axis, panel in zip("abcd", axes.flat, panels):
         axis.set_title(f"({letter}) {panel(axis, summary, rows)}")
     figure.suptitle(f"Generators of deep policies: {cfg['env']}. "
@@ -1120,7 +1120,7 @@ def plot_asked(axis, summary, rows):
     for row in rows:
         asked = [float(name[6:]) for name in row["headline"]]
         axis.plot(asked, list(row["headline"].values()), "o", color=BLUE)
-    axis.plot([min(asked), max(asked)], [min(asked), max(asked)], "k:", label="as asked")
+    axis.axline((asked[0], asked[0]), slope=1, color="black", ls=":", label="as asked")
     axis.set(xlabel="asked return", ylabel="achieved return")
     axis.legend()
     return "Policies on request"
@@ -1128,8 +1128,9 @@ def plot_asked(axis, summary, rows):
 
 # ---- 8. RUN ------------------------------------------------------------------------------------
 # Command line, run folder, exact resume, signals, devices, processes: the same text in all six
-# scripts. It knows no paper; of the script it uses Config, PRESETS, plan(cfg, flops_per_second),
-# experiment(cfg, run) and plot(summary, path).
+# scripts. It knows no paper; of the script it uses the imports, Config (with seed, num_seeds and
+# save_every), PRESETS, plan(cfg, flops_per_second) -> a line, plot(summary, path) and
+# experiment(cfg, run) -> {"per_seed": [{"headline": {name: number}}, ..], "beside": {name: text}}.
 
 SCRIPT = os.path.basename(__file__)
 

@@ -1433,14 +1433,15 @@ def plot_level(axis, summary, rows):
     axis.set(xlim=(left - 0.6, right + 0.6), ylim=(bottom + 0.6, top - 0.6))
     axis.set_axis_off()
     config = summary["config"]
-    return ("The other task: " if config["task"] == "lock" else "") + (
+    return f"The other task: {config['env']}" if config["task"] == "lock" else (
         f"{config['env']}, tinted: what is seen")
 
 
 # ---- 8. RUN ------------------------------------------------------------------------------------
 # Command line, run folder, exact resume, signals, devices, processes: the same text in all six
-# scripts. It knows no paper; of the script it uses Config, PRESETS, plan(cfg, flops_per_second),
-# experiment(cfg, run) and plot(summary, path).
+# scripts. It knows no paper; of the script it uses the imports, Config (with seed, num_seeds and
+# save_every), PRESETS, plan(cfg, flops_per_second) -> a line, plot(summary, path) and
+# experiment(cfg, run) -> {"per_seed": [{"headline": {name: number}}, ..], "beside": {name: text}}.
 
 SCRIPT = os.path.basename(__file__)
 

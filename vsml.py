@@ -95,8 +95,8 @@ DIFFERS
 
 RUN
   python vsml.py                                                          no files, no network
-  python vsml.py --test mnist,fashion_mnist --data-dir data --download    its rule on real images
-  python vsml.py --dataset mnist --side 14 --classes 10 --test mnist,fashion_mnist --download
+  python vsml.py --test mnist,fashion_mnist --download --out runs/vsml/real       on real images
+  python vsml.py --dataset mnist --side 14 --classes 10 --download --out runs/vsml/mnist
   torchrun --standalone --nproc_per_node=8 vsml.py --preset paper
 """
 import argparse
@@ -1325,8 +1325,9 @@ def plot_clone(axis, cfg, rows):
 
 # ---- 8. RUN ------------------------------------------------------------------------------------
 # Command line, run folder, exact resume, signals, devices, processes: the same text in all six
-# scripts. It knows no paper; of the script it uses Config, PRESETS, plan(cfg, flops_per_second),
-# experiment(cfg, run) and plot(summary, path).
+# scripts. It knows no paper; of the script it uses the imports, Config (with seed, num_seeds and
+# save_every), PRESETS, plan(cfg, flops_per_second) -> a line, plot(summary, path) and
+# experiment(cfg, run) -> {"per_seed": [{"headline": {name: number}}, ..], "beside": {name: text}}.
 
 SCRIPT = os.path.basename(__file__)
 

@@ -1344,10 +1344,12 @@ def test_resume_after_kill_equals_uninterrupted(moment, tmp_path, script):
     assert comparable(tmp_path / "cut") == comparable(tmp_path / "whole")
 
 
-def test_two_processes_equal_one(tmp_path, capsys, script):
-    """The population is shared out, its checkpoint is whole; three kinds over four agents, uneven shares of kinds."""
-    options = [*SMOKE, "--device", "cpu", "--no-extras", "--agents", 4, "--train", "kpoint,servo,kreach", "--num-seeds", 2,
-               "--iterations", 40, "--test-iterations", 30]
+@pytest.mark.parametrize("agents, train, iterations", [(4, "kpoint,servo,kreach", 40), (2, "kpoint,servo", 52)])
+def test_two_processes_equal_one(agents, train, iterations, tmp_path, capsys, script):
+    """The population is shared out, its checkpoint is whole; three kinds over four agents, uneven shares of kinds; two
+    agents, of which at times only one learns: fewer than there are processes."""
+    options = [*SMOKE, "--device", "cpu", "--no-extras", "--agents", agents, "--train", train, "--num-seeds", 2,
+               "--iterations", iterations, "--test-iterations", 30]
     assert run_here(capsys, *options, "--out", tmp_path / "one")[0] == 0
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     two = script("metagenrl.py", *options, "--out", tmp_path / "two", launcher=launcher)
