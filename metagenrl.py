@@ -1502,6 +1502,8 @@ def report(cfg, run, returns, trained_on, grid, push):
         notes[f"score_{name}"] = f"{'seen' if seen[i] else 'UNSEEN'}; returns: " + ", ".join(
             f"{stage} {final[stage][:, i].mean():.4g}"
             for stage in ("L", "DDPG", "REINFORCE", "untrained L"))
+        if span[:, i].mean() <= 0:
+            notes[f"score_{name}"] += "; DDPG is not above untrained L: no score"
     points = [*range(0, cfg.test_iterations, cfg.test_every), cfg.test_iterations]
     return {"per_seed": per_seed, "beside": notes, "points": points, "trained_on": trained_on,
             "grid": grid.tolist()}
