@@ -83,9 +83,9 @@ DIFFERS
   9. Long, for three papers, each with exact solutions, are in it.
 
 RUN
-  python bayes_meta.py                              (on a Mac: --device cpu, for its float64)
+  python bayes_meta.py                      # on a Mac: --device cpu, for its float64
   python bayes_meta.py --families "" --bandit-steps 0 --thompson-steps 0 --sources ptw,lin \
-      --models rnn,lstm,stack_rnn,transformer_alibi --out runs/bayes_meta/coins    that switch
+      --models rnn,lstm,stack_rnn,transformer_alibi --out runs/bayes_meta/switching
   torchrun --standalone --nproc_per_node=8 bayes_meta.py --preset paper
 """
 import argparse

@@ -70,7 +70,7 @@ DIFFERS
   8. Long, for four models and both real and drawn data are in it.
 
 RUN
-  python gpl_icl.py                                 glyphs drawn from fonts: no files, no network
+  python gpl_icl.py                         # glyphs drawn from fonts: no files, no network
   python gpl_icl.py --dataset mnist --unseen fashion_mnist --download --out runs/gpl_icl/mnist
   torchrun --standalone --nproc_per_node=8 gpl_icl.py --preset paper
 """
@@ -140,7 +140,7 @@ class Config:
     plateau: bool = True             # train the interventions of panel (c)
     baselines: bool = True           # train the LSTM, outer-product LSTM and MLP of panel (d)
     learning_rate: float = 1e-3      # of Adam [paper: unknown]; 2e-3 may stay on the plateau
-    adam_eps: float = 1e-10          # epsilon of Adam: small, as gradients are there [paper, 4.3]
+    adam_eps: float = 1e-10          # of Adam; gradients on the plateau are small [paper, 4.3]
     warmup: int = 100                # steps of linear warm-up
     clip: float = 1.0                # bound on the gradient norm of each run
     bf16: bool = False               # bfloat16 autocast of the model (GPU)

@@ -1269,7 +1269,8 @@ def train(cfg, run):
             updates += count > 0
             rate = cfg.objective_rate * (
                 1 - (1 - cfg.objective_decay) * iteration / cfg.iterations)
-            count = torch.where(count > 0, count, 1)         # per process, as total is
+            # Both are averages over processes now: a count of one agent may be less than 1
+            count = torch.where(count > 0, count, 1)
             adam(alpha, *moments, updates, total / count, rate)
             used.lerp_(alpha, 1 - cfg.average)
         # LOG

@@ -935,7 +935,7 @@ def experiment(cfg, run):
     if cfg.ask:
         return ask(cfg, run, env)
     n = cfg.iterations
-    generator, _, normaliser, returns = train(
+    *_, normaliser, returns = train(
         cfg, run, "generator", 0, env, report=(math.ceil(n / 10), math.ceil(0.4 * n), n))
     with run.clock("evaluation"):
         commands, best = spectrum(returns), returns.amax(1)

@@ -1095,7 +1095,8 @@ def train(cfg, run, stage, order, method, beta):
     carry = begin(cfg, env, agent, predictor, S)
     per_update = cfg.rollout * N
     total = max(1, round(cfg.frames / per_update))
-    finished, epochs = torch.zeros(S, N, 3, device=device), [0]  # returns: running; ended, number
+    # Returns: of the running episode; of those that ended, their sum and number
+    finished, epochs = torch.zeros(S, N, 3, device=device), [0]
     latest = torch.zeros(S, device=device)                   # mean return of what ended last
     state = {"nets": nets, "adams": adams, "streams": streams, "env": vars(env), "carry": carry,
              "finished": finished, "latest": latest, "epochs": epochs}

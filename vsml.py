@@ -94,8 +94,8 @@ DIFFERS
   8. Long, for two modes, two outer loops and cloning are in it.
 
 RUN
-  python vsml.py                                                          no files, no network
-  python vsml.py --test mnist,fashion_mnist --download --out runs/vsml/real       on real images
+  python vsml.py                            # made-up images: no files, no network
+  python vsml.py --test mnist,fashion_mnist --download --out runs/vsml/real
   python vsml.py --dataset mnist --side 14 --classes 10 --download --out runs/vsml/mnist
   torchrun --standalone --nproc_per_node=8 vsml.py --preset paper
 """
@@ -1004,7 +1004,7 @@ def best_of(rows, key):
 
 
 @torch.no_grad()
-def evaluate(cfg, run, tests, rules, models):
+def evaluate(run, tests, rules, models):
     """All learners on all tests -> {test: {learner: a dictionary per seed, see summarise}}.
 
     rules {name: (params, Config)} of VSML;  models {name: fixed-size baseline}. SGD and Adam stand
@@ -1128,7 +1128,7 @@ def experiment(cfg, run):
         for order, (name, model) in enumerate(models.items(), 3):
             train_baseline(cfg, run, name, order, model, 3e-3)
     with run.clock("evaluation"):
-        results = evaluate(cfg, run, tests, rules, models)
+        results = evaluate(run, tests, rules, models)
     if cfg.synapse_steps:
         params = clone(cfg, run)
         with run.clock("evaluation"):
@@ -1247,7 +1247,7 @@ def plot_lines(axis, x, curves, colour, label, style="-"):
 
 def plot_meta(axis, cfg, rows):
     """Meta-loss, relative to chance, against meta-steps -> title."""
-    for stage, history in rows[0]["history"].items():
+    for stage in rows[0]["history"]:
         if stage in COLOURS:
             C = 3 if stage.endswith("ES") else cfg["classes"]
             points = np.array([row["history"][stage] for row in rows])         # (seeds, logs, 3)

@@ -692,7 +692,7 @@ def test_evaluate_shows_each_learner_the_tests_and_its_own_rule(monkeypatch):
     called, real = [], V.vsml_lifetime
     monkeypatch.setattr(V, "vsml_lifetime", lambda params, x, y, state, cfg: (
         called.append((cfg, state[0].c)), real(params, x, y, state, cfg))[1])
-    table = V.evaluate(cfg, run, {"new": (x, y, C)}, {"B": (params, cfg), "A": (params, other)}, {"RNN": model})["new"]
+    table = V.evaluate(run, {"new": (x, y, C)}, {"B": (params, cfg), "A": (params, other)}, {"RNN": model})["new"]
     assert [own for own, _ in called] == [cfg, other]
     assert all(0.5 < 3 * c[:, :8].std() < 1.2 and not c[:, 8:].any() for _, c in called)      # 9 inputs: TN / 3
     with torch.no_grad():
