@@ -20,7 +20,6 @@ ALGORITHM (meta-training, Algorithm 1 of the paper)
     token_j = concat(x_j, onehot(y_{j-1})), zeros at first      a label is seen one step late
     J(theta) = 1/(BT) sum_{b,j} cross_entropy(f_theta(token_1 .. token_j), y_j)
     theta <- Adam(theta, grad J)
-  Its learning curve: accuracy after 0, 1, .. T - 1 examples of new tasks, images and data sets.
 
 SYMBOLS
   B, T, C     batch, length, CLASSES   sequences a step, examples a sequence, classes
@@ -36,16 +35,13 @@ RESULT
   @4
   @5
   @6
-  @7
 
 DIFFERS
   1. quick is small: glyphs of matplotlib's fonts instead of MNIST, T = 30 instead of 100.
   2. burst (ours, in all presets): half of the training sequences hold five images only. Without it,
      or with the paper's label bias alone, a small model does not leave the plateau in minutes.
-  3. Panel (d) limits the state of one transformer; the paper compares many architectures.
-  4. Each pixel's mean is subtracted, not one mean of all: it would make all 64 inputs alike.
-  5. Not known from the paper, so ours: pre-norm, learned positions, a read-out that starts at zero,
-     Adam's rate and betas, warm-up, clipping; the network and the rate of the SGD baseline.
+  3. Each pixel's mean is subtracted; each set of images is normalised by itself.
+  4. Ours, as the paper's are not known: pre-norm, positions, zero read-out, Adam's settings, SGD.
 
 RUN
   python gpl_icl.py                                      # glyphs: no files, no network
@@ -61,7 +57,6 @@ import os
 import pathlib
 import re
 import shlex
-import shutil
 import statistics
 import sys
 import time
@@ -91,43 +86,48 @@ class Config:
     layers: int = 2                # transformer blocks
     heads: int = 2                 # attention heads
     window: int = 0                # examples that the model can look back on; 0: all
-    fast_weights: bool = False     # the last block reads a matrix instead of attending
+    fast_weights: int = 0          # heads of a matrix that the last block reads; 0: it attends
     steps: int = 3000              # meta-training steps of the general learner
     sweep: str = "16,128,1024"     # numbers of tasks of panel (a); "": the general learner alone
     sweep_steps: int = 1200        # meta-training steps of all models but the general learner
     learning_rate: float = 1e-3    # of Adam
     seed: int = 0                  # first seed
     num_seeds: int = 1             # seeds, one after the other: seed, seed + 1, ...
-    log_every: int = 50            # steps between tests on new tasks
+    log_every: int = 100           # steps between tests on new tasks
     save_every: int = 300          # steps between checkpoints
 
     def __post_init__(self):
-        if min(self.image_size, self.length, self.batch, self.heads, self.steps, self.sweep_steps,
-               self.layers - 1, self.width) < 1 or self.width % 16 or self.width % (2 * self.heads):
-            raise ValueError("too small a number, or --width no multiple of 16 and 2 --heads")
-        if not re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", self.sweep):
+        if min(self.image_size, self.length, self.batch, self.width, self.heads, self.steps,
+               self.sweep_steps, self.layers - 1, self.window + 1, self.num_tasks + 1) < 1:
+            raise ValueError("sizes and numbers of steps must be at least 1, --layers at least 2")
+        if not 0 <= min(self.burst, self.label_bias) <= max(self.burst, self.label_bias) <= 1:
+            raise ValueError("--burst and --label-bias must be between 0 and 1")
+        if self.width % self.heads or self.width % (self.fast_weights or 1):
+            raise ValueError(f"--heads, and 16 for the sweep, must divide --width {self.width}")
+        if not re.fullmatch(r"([1-9]\d{0,8}(,[1-9]\d{0,8})*)?", self.sweep):
             raise ValueError(f"--sweep must be numbers such as 16,128, not {self.sweep!r}")
+        if self.sweep and (self.num_tasks or self.label_bias or self.window or self.fast_weights):
+            raise ValueError('--num-tasks, --label-bias, --window, --fast-weights need --sweep ""')
 
 
 PRESETS = {
-    "smoke": dict(length=12, batch=8, width=32, steps=20, sweep="16", sweep_steps=10, log_every=10,
-                  save_every=5),
+    "smoke": dict(batch=8, width=32, steps=8, sweep="8", sweep_steps=8, log_every=8, save_every=5),
     "quick": {},
-    "paper": dict(image_size=28, length=100, batch=512, width=256, layers=4, heads=8, steps=50_000,
-                  sweep="64,1024,4096,16384,65536", sweep_steps=50_000, learning_rate=3e-4,
-                  log_every=500, save_every=2500),
+    "paper": dict(data_dir="data", image_size=28, length=100, batch=512, width=256, layers=4,
+                  heads=8, steps=50_000, sweep="64,1024,4096,16384,65536", sweep_steps=50_000,
+                  learning_rate=3e-4, log_every=500, save_every=2500),
 }
 
 
 def variants(cfg):
-    """The models of the figure -> {name: changes of cfg}; "unlimited" is the general learner."""
-    sweep = {f"k{k}": dict(num_tasks=int(k)) for k in cfg.sweep.split(",") if k}           # (a)
-    sweep |= {"uniform": dict(burst=0.0), "label_bias": dict(burst=0.0, label_bias=0.9)}   # (c)
-    sweep |= {f"window{examples}": dict(window=examples) for examples in (2, 4, 8)}        # (d)
-    sweep |= {f"fast{heads}": dict(fast_weights=True, heads=heads) for heads in (1, 16)}
-    sweep["half_width"] = dict(width=cfg.width // 2)
-    short = {name: dict(steps=cfg.sweep_steps) | changes for name, changes in sweep.items()}
-    return {"unlimited": {}} | (short if cfg.sweep else {})
+    """The models of the figure -> {name: Config}; "unlimited" is the general learner."""
+    models = {f"k{k}": dict(num_tasks=int(k)) for k in cfg.sweep.split(",") if k}          # (a)
+    models |= {"uniform": dict(burst=0.0), "label_bias": dict(burst=0.0, label_bias=0.9)}  # (c)
+    models |= {f"window{examples}": dict(window=examples) for examples in (2, 4, 8)}       # (d)
+    models |= {f"fast{heads}": dict(fast_weights=heads) for heads in (1, 16)}
+    models["half_width"] = dict(width=cfg.width // 2)
+    return {"unlimited": cfg} | {name: replace(cfg, sweep="", steps=cfg.sweep_steps, **own)
+                                 for name, own in models.items() if cfg.sweep}
 
 
 # ---- 2. TASKS ----------------------------------------------------------------------------------
@@ -140,17 +140,18 @@ FONTS = ("DejaVu Sans", "DejaVu Sans:bold", "DejaVu Sans Mono", "DejaVu Serif", 
 def glyphs(characters, size, per_class=500):
     """Characters in matplotlib's own fonts, each bent by a random affine map near the identity
     -> images (N, size, size) in [0, 1], labels (N,); N = len(characters) * per_class."""
+    from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     across, down = len(characters), len(FONTS)
-    figure = Figure((across, down), dpi=32, facecolor="w")                     # 32 x 32 pixels each
-    for f, font in enumerate(FONTS):
-        for c, character in enumerate(characters):
-            figure.text((c + 0.5) / across, (f + 0.5) / down, character, font=font, size=76,
-                        color="k", ha="center", va="center")
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    page = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+    with style.context("default"):                           # not the user's own settings
+        figure = Figure((across, down), dpi=32)              # 32 x 32 pixels a character
+        for f, font in enumerate(FONTS):
+            for c, character in enumerate(characters):
+                figure.text((c + 0.5) / across, (f + 0.46) / down, character, font=font, size=64,
+                            ha="center", va="center")
+        pixels = FigureCanvasAgg(figure).print_to_buffer()[0]                  # bytes, RGBA
+    page = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
     page = page.view(down, 32, across, 32, 4)[..., 0].transpose(1, 2)          # (fonts, C, 32, 32)
     labels = torch.arange(across).repeat(per_class)
     ink = 1 - page[torch.randint(down, labels.shape), labels][:, None] / 255   # (N, 1, 32, 32)
@@ -183,9 +184,7 @@ def base_data(cfg, device):
         sets = [read_images(pathlib.Path(cfg.data_dir, name), split) for name, split in (
             ("mnist", "train"), ("mnist", "t10k"), ("fashion_mnist", "t10k"))]
     else:
-        with torch.random.fork_rng():                        # the same images for all seeds
-            torch.manual_seed(12345)
-            sets = [glyphs(text, cfg.image_size) for text in 2 * ["0123456789"] + ["ABCDEFGHIJ"]]
+        sets = [glyphs(text, cfg.image_size) for text in 2 * ["0123456789"] + ["ABCDEFGHIJ"]]
     data = []
     for images, labels in sets:
         images = F.interpolate(images[:, None], 2 * [cfg.image_size], mode="area").flatten(1)
@@ -195,17 +194,16 @@ def base_data(cfg, device):
 
 
 def sample(data, shape, num_tasks=0, burst=0.0, label_bias=0.0):
-    """data: images (N, D), labels (N,); shape: B, T -> training sets x (B, T, D), y (B, T), each
+    """data: images (N, D), labels (N,); shape: B, T -> x (B, T, D), y (B, T): training sets, each
     from a task of its own. No image comes twice in a set, but for bursts."""
     (images, labels), (batch, length), device = data, shape, data[0].device
     n, n_in = images.shape
-    start = torch.randint(n, (batch, 1), device=device) + torch.arange(length, device=device)
-    index = torch.randperm(n, device=device)[start % n]                        # (B, T)
+    place = torch.randint(n, (batch, 1), device=device) + torch.arange(length, device=device)
+    index = torch.randperm(n, device=device)[place % n]      # (B, T), stretches of one random order
     # Burst (ours): five images make up the sequence. To copy the label of an identical input is
     # the easiest form of in-context learning, and a stepping stone to the general form.
     repeats = index[:, :5].gather(1, torch.randint(min(5, length), shape, device=device))
     index = torch.where(torch.rand(batch, 1, device=device) < burst, repeats, index)
-
     if num_tasks:                    # a task is a function of its number: nothing is stored
         numbers = torch.randint(num_tasks, (batch,)).tolist()
         own = [torch.Generator(device).manual_seed(k) for k in numbers]
@@ -216,15 +214,15 @@ def sample(data, shape, num_tasks=0, burst=0.0, label_bias=0.0):
         rho = torch.rand(batch, CLASSES, device=device).argsort(1)
     fixed = torch.rand(batch, 1, device=device) < label_bias
     rho = torch.where(fixed, torch.arange(CLASSES, device=device), rho)
-    # A_ij has the variance 1/D, so that A keeps lengths. As a deviation, a common slip, 1/D shrinks
-    # the inputs by sqrt(D), and the positions (section 3) drown them.
+    # The variance of A_ij is 1/D, which keeps lengths. With 1/D as its deviation, a common slip,
+    # the inputs shrink by sqrt(D), and the positions (section 3) drown them.
     return images[index] @ A.mT / math.sqrt(n_in), rho.gather(1, labels[index])
 
 
 def sample_random(shape, n_in, device):
     """The `random` data, whose optimum is known: ten random points with random labels, drawn with
     replacement -> x (B, T, D), y (B, T)."""
-    points = torch.randn(shape[0], 10, n_in, device=device)
+    points = (torch.rand(shape[0], 10, n_in, device=device) - 0.5) * math.sqrt(12)
     names = torch.randint(CLASSES, (shape[0], 10), device=device)
     which = torch.randint(10, shape, device=device)
     return points.gather(1, which[..., None].expand(-1, -1, n_in)), names.gather(1, which)
@@ -234,10 +232,10 @@ def sample_random(shape, n_in, device):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, (B, T, H) -> (B, T, H): attention to the last `reach` tokens.
+    """Pre-norm transformer block, (B, T, H) -> (B, T, H), that reads the last `reach` tokens.
 
-    With fast_weights it reads a matrix instead, W_t = W_{t-1} + v_t k_t^T / d, read_t = W_t q_t: a
-    recurrent network, below in parallel form. state: numbers carried from token to token.
+    With fast_weights it reads a matrix instead, W_t = W_{t-1} + v_t k_t^T / d, read_t = W_t q_t, of
+    d = H / heads: a recurrent network, in parallel form. state: numbers carried on by a token.
     """
 
     def __init__(self, width, heads, length, reach, fast_weights):
@@ -264,9 +262,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """f_theta: x (B, T, D), y (B, T) -> logits (B, T, C).
 
-    The circuit to be learned has two parts. Label j - 1 comes one token after input j - 1, so a
-    first layer must join them; a second compares inputs and fetches the labels of similar ones.
-    So a window of w examples is: the first block reads two tokens, the last w (and none between).
+    The circuit to be learned: a first layer joins input j - 1 with its label, which comes one token
+    later; a second compares inputs and fetches labels. So, for a window of w examples, the first
+    block reads two tokens and the last w (and one more label is in sight, without its input).
     """
 
     def __init__(self, cfg, n_in):
@@ -276,9 +274,10 @@ class Transformer(nn.Module):
         self.position = nn.Parameter(0.5 * torch.randn(cfg.length, cfg.width))
         reach = [cfg.length] * cfg.layers
         if cfg.window or cfg.fast_weights:
-            reach = [2] + [1] * (cfg.layers - 2) + [cfg.window or cfg.length]
-        fast = [False] * (cfg.layers - 1) + [cfg.fast_weights]
-        blocks = [Block(cfg.width, cfg.heads, cfg.length, *kind) for kind in zip(reach, fast)]
+            reach = [2] + [1] * (cfg.layers - 2) + [cfg.window]
+        blocks = [Block(cfg.width, cfg.heads, cfg.length, tokens, False) for tokens in reach]
+        if cfg.fast_weights:
+            blocks[-1] = Block(cfg.width, cfg.fast_weights, cfg.length, cfg.length, True)
         self.blocks, self.state = nn.Sequential(*blocks), sum(block.state for block in blocks)
         self.norm, self.head = nn.LayerNorm(cfg.width), nn.Linear(cfg.width, CLASSES)
         for parameter in self.head.parameters():
@@ -296,7 +295,7 @@ class Transformer(nn.Module):
 
 def meta_loss(model, x, y):
     """J in nats -> scalar. There is no inner loss: the tasks decide what is learned."""
-    # J = 1/(BT) sum_{b,j} cross_entropy(f_theta(D_{1:j-1}, x_j), y_j): every position counts
+    # J = 1/(BT) sum_{b,j} cross_entropy(f_theta(token_1 .. token_j), y_j): every position counts
     return F.cross_entropy(model(x, y).flatten(0, 1), y.flatten())
 
 
@@ -319,8 +318,8 @@ def train(cfg, run, stage, model, data, tests):
         adam.step()
         # LOG
         if (step + 1) % cfg.log_every == 0 or step + 1 in (cfg.steps, cfg.sweep_steps):
-            scores = {name: late(evaluate(model, *test)) for name, test in tests.items()}
-            run.log(loss=meta_loss(model, *tests["unseen_tasks"]).item(), **scores)
+            scores = {name: evaluate(model, *test) for name, test in tests.items()}
+            run.log(loss=scores["unseen_tasks"][0], **{k: late(v) for k, (_, v) in scores.items()})
 
 
 # ---- 6. EVALUATION -----------------------------------------------------------------------------
@@ -328,8 +327,10 @@ def train(cfg, run, stage, model, data, tests):
 
 @torch.no_grad()
 def evaluate(model, x, y):
-    """The learning curve: x (B, T, D), y (B, T) -> accuracy at each position (T,)."""
-    return (model(x, y).argmax(-1) == y).float().mean(0).tolist()
+    """x (B, T, D), y (B, T) -> J in nats, accuracy at each position (T,): the learning curve."""
+    logits = model(x, y)
+    accuracy = (logits.argmax(-1) == y).float().mean(0).tolist()
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten()).item(), accuracy
 
 
 def late(accuracy):
@@ -338,53 +339,48 @@ def late(accuracy):
 
 
 def written_rules(x, y):
-    """Rules people wrote: x (B, T, D), y (B, T) -> {rule: accuracy (T,)}. 1nn: the label of the
-    nearest input before. sgd, the paper's baseline: a classifier that takes one step on each
-    example as it comes; here softmax regression, at the best of four rates."""
+    """x (B, T, D), y (B, T) -> {rule: accuracy (T,)}. 1nn: the label of the nearest input before.
+    sgd, the paper's baseline: softmax regression, a step an example, the best of 4 rates here."""
     future = torch.full(2 * x.shape[1:2], torch.inf, device=x.device).triu()   # (T, T)
     nearest = (torch.cdist(x, x) + future).argmin(-1)                          # (B, T)
     right = (y.gather(1, nearest) == y).float().mean(0)
-
     rates = torch.tensor([0.001, 0.003, 0.01, 0.03], device=x.device).view(4, 1, 1, 1)
     weights, accuracy = x.new_zeros(4, len(x), CLASSES, x.shape[2]), []        # (4, B, C, D)
     for x_j, y_j in zip(x.unbind(1), y.unbind(1)):
         p = (weights @ x_j[..., None])[..., 0].softmax(-1)                     # (4, B, C)
         accuracy.append((p.argmax(-1) == y_j).float().mean(1).tolist())
         weights += rates * (F.one_hot(y_j, CLASSES) - p)[..., None] * x_j[:, None]
-    return {"1nn": right.tolist(), "sgd": max(zip(*accuracy), key=late)}
+    return {"1nn": [1 / CLASSES] + right.tolist()[1:], "sgd": max(zip(*accuracy), key=late)}
 
 
 def random_optimum(length, memory=10**9):
-    """Best possible accuracy (T,) on `random` with the last `memory` examples at hand: a point that
-    is none of n earlier ones, which has the probability 0.9^n, can only be guessed."""
+    """Best accuracy (T,) on `random` with the last `memory` whole examples at hand: a point that is
+    none of n earlier ones, of the probability 0.9^n, can only be guessed."""
     return [1 - 0.9 ** min(j, memory) * (1 - 1 / CLASSES) for j in range(length)]
 
 
 def experiment(cfg, run):
     """Train and test all models of one seed -> {"headline": {name: number}, and the figure's}."""
+    torch.manual_seed(12345)                                 # the same images and tests in all runs
     train_data, test_data, unseen_data = base_data(cfg, run.device)
     n_in, shape = train_data[0].shape[1], (512, cfg.length)
-    with torch.random.fork_rng():                            # the same tests for all seeds
-        torch.manual_seed(54321)
-        tests = {"unseen_tasks": sample(test_data, shape),
-                 "unseen_dataset": sample(unseen_data, shape),
-                 "random": sample_random(shape, n_in, run.device)}
-        known = {f"k{k}": {"seen": sample(test_data, shape, int(k))}
-                 for k in cfg.sweep.split(",") if k}
-
+    tests = {"unseen_tasks": sample(test_data, shape), "unseen_dataset": sample(unseen_data, shape),
+             "random": sample_random(shape, n_in, run.device)}
+    known = {f"k{k}": {"seen": sample(test_data, shape, int(k))} for k in cfg.sweep.split(",") if k}
+    torch.manual_seed(run.seed)
     models, numbers = {}, {}
-    for name, changes in variants(cfg).items():
-        own, own_tests = replace(cfg, **changes), tests | known.get(name, {})
+    for name, own in variants(cfg).items():
+        own_tests = tests | known.get(name, {})
         model = Transformer(own, n_in).to(run.device)
         train(own, run, name, model, train_data, own_tests)
         rows = [row for row in run.rows if row["stage"] == name]
         early = [row for row in rows if row["step"] <= cfg.sweep_steps][-1]
         models[name] = {"rows": rows, "early": early, "state": model.state,
                         "parameters": sum(p.numel() for p in model.parameters()),
-                        "curves": {k: evaluate(model, *test) for k, test in own_tests.items()}}
+                        "curves": {k: evaluate(model, *test)[1] for k, test in own_tests.items()}}
         for test in ("seen", "unseen_tasks") if name in known else ("unseen_tasks", "random"):
-            numbers[f"{name}_{test}_late".replace("unlimited", "early")] = early[test]
-
+            key = test.removesuffix("_tasks") if name in known else test
+            numbers[f"{name}_{key}_late".replace("unlimited", "early")] = early[test]
     general = models["unlimited"]["curves"]
     numbers |= {"unlimited_first_position": general["unseen_tasks"][0],
                 "random_late": late(general["random"])}
@@ -420,9 +416,8 @@ def plot(summary, path):
         colour, label = STYLES[test]
         curves = [seed["unlimited"]["curves"][test] for seed in seeds]
         lines(axes["b"], range(cfg["length"]), curves, colour, label)
-        for rule, curve in summary["per_seed"][0]["rules"].get(test, {}).items():
-            style = ":" if rule == "sgd" else "--"
-            axes["b"].plot(curve, style, color=colour, label=f"{label}, {rule}")
+        for rule, line in summary["per_seed"][0]["rules"].get(test, {}).items():
+            axes["b"].plot(line, "--" if rule == "1nn" else ":", c=colour, label=f"{label}, {rule}")
     axes["b"].plot(random_optimum(cfg["length"]), "k", lw=0.8, label="random, exact optimum")
     axes["b"].set(xlabel=f"labelled examples seen; {cfg['steps']:,} steps", ylabel="accuracy",
                   title="(b) The general learner learns what it never saw")
@@ -436,17 +431,17 @@ def plot(summary, path):
 
 
 def plot_sweep(a, c, d, cfg, seeds):
-    """Draw the panels on all models after the same number of steps."""
-    finite, steps = [f"k{k}" for k in cfg["sweep"].split(",")], f"{cfg['sweep_steps']:,} steps"
+    """Draw the panels on the models of the sweep."""
+    ticks, steps = cfg["sweep"].split(",") + ["unlimited"], f"{cfg['sweep_steps']:,} steps"
     late_of = lambda names, test: [[seed[name]["early"][test] for name in names] for seed in seeds]
+    finite = [f"k{k}" for k in ticks[:-1]]
     first = [[seed[name]["curves"]["seen"][0] for name in finite] for seed in seeds]
-    lines(a, finite, first, STYLES["seen"][0], "known tasks, first example", "--")
+    lines(a, ticks[:-1], first, STYLES["seen"][0], "known tasks, first example", "--")
     for test in ("seen", "unseen_tasks", "unseen_dataset"):
-        names = finite + ["unlimited"] * (test != "seen")
-        lines(a, names, late_of(names, test), STYLES[test][0], f"{STYLES[test][1]}, late")
+        names, (colour, label) = finite + ["unlimited"] * (test != "seen"), STYLES[test]
+        lines(a, ticks[:len(names)], late_of(names, test), colour, f"{label}, late")
     a.set(xlabel=f"K, meta-training tasks; {steps}", ylabel="accuracy",
           title="(a) Few tasks are memorised, many are learned")
-
     for name, colour, label in (("unlimited", "#0072B2", f"burst {cfg['burst']:g} (ours)"),
                                 ("uniform", "#D55E00", "uniform"),
                                 ("label_bias", "#E69F00", "label bias 0.9 (the paper's)")):
@@ -454,16 +449,16 @@ def plot_sweep(a, c, d, cfg, seeds):
         lines(c, [row["step"] for row in seeds[0][name]["rows"]], losses, colour, label)
     c.set(xlabel="meta-training step", ylabel="loss on new tasks (nats)",
           title="(c) The mixture of tasks decides when the plateau ends")
-
     names = ["window2", "window4", "window8", "unlimited", "fast16", "fast1", "half_width"]
     state = [seeds[0][name]["state"] for name in names]
     best = [late(random_optimum(cfg["length"], n)) for n in (2, 4, 8, cfg["length"])]
-    d.plot(state[:4], best, "k_", ms=24, label="random, exact optimum of a window")
+    d.plot(state[:4], best, "k_", ms=24, label="random, exact optimum of 2, 4, 8, all")
     for test in ("random", "unseen_tasks"):
         lines(d, state, late_of(names, test), *STYLES[test], "o")
     for name, x, y in zip(names, state, late_of(names, "random")[0]):
-        d.text(x, y + 0.02, f"{name}\n{seeds[0][name]['parameters']:,}", ha="center", size=8)
-    d.set(xscale="log", xlabel=f"state: numbers carried on; {steps}", ylabel="late accuracy",
+        d.text(1.1 * x, y, f"{name}\n{seeds[0][name]['parameters']:,}", size=8, va="center")
+    d.set(xscale="log", xlim=(state[0] / 2, 3 * state[3]), ylabel="late accuracy",
+          xlabel=f"state, numbers carried on; {steps}",
           title="(d) Equal parameters, less state: a worse learner")
 
 
@@ -478,7 +473,7 @@ class Run:
 
     def __init__(self, cfg, seed, folder, device, compiled):
         self.seed, self.folder, self.save_every = seed, folder, cfg.save_every
-        self.device, self.rows, self.stages, self.start = device, [], [], time.time()
+        self.device, self.rows, self.stage, self.start = device, [], None, time.time()
         self.compile = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
         self.random = [torch] + [getattr(torch, device.type)] * (device.type != "cpu")
         torch.manual_seed(seed)
@@ -489,10 +484,7 @@ class Run:
         stage: a name of its own. state: all modules, optimisers and tensors that a step changes.
         A run that goes on starts at the top, and each stage gets back what its own file holds.
         """
-        if stage in self.stages:
-            raise KeyError(f"two stages are named {stage}")
-        self.stages.append(stage)
-        file, first = self.folder / f"seed{self.seed}-{stage}.pt", 0
+        file, first, self.stage = self.folder / f"seed{self.seed}-{stage}.pt", 0, stage
         if file.exists():
             try:
                 saved = torch.load(file, self.device, weights_only=True)
@@ -523,10 +515,10 @@ class Run:
     def log(self, **numbers):
         """Note and show numbers of this step; stop at one that is not finite."""
         text = "  ".join(f"{name} {number:.4g}" for name, number in numbers.items())
-        where = f"seed {self.seed} {self.stages[-1]} {self.step + 1}/{self.bar.total}"
+        where = f"seed {self.seed} {self.stage} {self.step + 1}/{self.bar.total}"
         if not all(map(math.isfinite, numbers.values())):
             sys.exit(f"{where}: not finite: {text}")
-        self.rows.append({"stage": self.stages[-1], "step": self.step + 1, **numbers})
+        self.rows.append({"stage": self.stage, "step": self.step + 1, **numbers})
         text_of_all = "".join(json.dumps(row) + "\n" for row in self.rows)
         (self.folder / f"seed{self.seed}.jsonl").write_text(text_of_all)
         self.bar.set_postfix_str(text)
@@ -537,8 +529,7 @@ class Run:
 def parse(argv):
     """Command line -> (Config, other options): a preset first, explicit options on top."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
-    about = (__doc__ or "").split("\n\n")[0]
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.error = lambda text: sys.exit(f"{parser.prog}: error: {text}")
     add, switch, folder = parser.add_argument, argparse.BooleanOptionalAction, pathlib.Path
     there = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
@@ -555,17 +546,18 @@ def parse(argv):
         kind = {"action": switch} if type(default) is bool else {"type": type(default)}
         add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
             help=f"{notes.get(name, '')} [{default}{values}]".replace("%", "%%"))
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    own = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
-    if (args.resume or args.replot) and (own or args.out):
+    args.command = shlex.join(["python", pathlib.Path(__file__).name, *argv])
+    if (args.resume or args.replot) and len(argv) > 2:
         parser.error("--resume and --replot take all settings from their folder")
-    if args.replot and not (args.replot / "summary.json").exists():
-        parser.error(f"{args.replot}: no summary.json")
-    args.command = shlex.join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
+    own = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
     try:
+        if args.replot:
+            json.loads((args.replot / "summary.json").read_text())
         if args.resume:
             saved = json.loads((args.resume / "config.json").read_text())
-            args.preset, args.command, own = saved["preset"], saved["command"], saved["config"]
+            own, args = saved.pop("config"), argparse.Namespace(**{**vars(args), **saved})
         cfg = Config(**{**PRESETS[args.preset], **own})
     except (OSError, ValueError, TypeError, KeyError) as error:
         parser.error(error)
@@ -578,7 +570,7 @@ def interval(values):
     """Numbers of n seeds -> their mean, its 95 % Student-t interval, n (no interval for n = 1)."""
     n, mean = len(values), statistics.fmean(values)
     t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306}
-    half = t.get(n, 1.96 + 2.7 / n) * statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0
+    half = t.get(n, 1.96 + 2.72 / (n - 1)) * statistics.stdev(values) / n**0.5 if n > 1 else 0.0
     return {"mean": mean, "ci95": [mean - half, mean + half] if n > 1 else None, "n": n,
             "per_seed": values}
 
@@ -603,17 +595,17 @@ def main(argv=None):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
         torch.set_float32_matmul_precision("high")                             # TF32
     compiled = device.type == "cuda" if args.compile is None else args.compile
-    rank, world = 0, int(os.environ.get("WORLD_SIZE") or 1)
-    if world > 1:
+    rank, world = 0, 1
+    if torch.distributed.is_torchelastic_launched():
         torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        rank = torch.distributed.get_rank()
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     if rank == 0 and not folder:
         new = (pathlib.Path("runs", name, f"{args.preset}-{n}") for n in range(1, 10**9))
         folder = args.out or next(path for path in new if not path.exists())
         try:
             folder.mkdir(parents=True)                       # only one run can make it
-            (folder / "config.json").write_text(json.dumps(
-                {"preset": args.preset, "command": args.command, "config": asdict(cfg)}))
+            saved = {key: vars(args)[key] for key in ("preset", "command", "device", "compile")}
+            (folder / "config.json").write_text(json.dumps(saved | {"config": asdict(cfg)}))
         except OSError as error:
             sys.exit(f"{error}; a run that is there goes on with --resume")
     if world > 1:
@@ -621,7 +613,7 @@ def main(argv=None):
         torch.distributed.broadcast_object_list(shared)
         folder = shared[0]
     print(f"{name} {args.preset} on {device}, torch {torch.__version__}, into {folder}")
-    seeds, results = list(range(cfg.seed, cfg.seed + cfg.num_seeds)), {}
+    seeds, results, run = list(range(cfg.seed, cfg.seed + cfg.num_seeds)), {}, None
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             for seed in seeds[rank::world]:
@@ -630,10 +622,11 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit(f"stopped; --resume {folder} goes on from the last checkpoint")
     except (OSError, ValueError) as error:
-        if run.stages:
+        if run and run.stage:
             raise                                            # no bad input, but a fault
-        if not args.resume:
-            shutil.rmtree(folder, ignore_errors=True)
+        if rank == 0 and not args.resume and not any(folder.glob("seed*")):
+            (folder / "config.json").unlink()
+            folder.rmdir()
         sys.exit(f"{name}: error: {error}")
     if world > 1:
         parts = [None] * world
@@ -642,13 +635,13 @@ def main(argv=None):
         torch.distributed.destroy_process_group()
     if rank == 0:
         heads = [results[s]["headline"] for s in seeds]
-        packages = {p: version(p) for p in ("torch", "numpy", "matplotlib", "tqdm")}
         (folder / "summary.json").write_text(json.dumps({
             "headline": {key: interval([head[key] for head in heads]) for key in heads[0]},
             "seeds": seeds, "per_seed": [results[s] for s in seeds], "config": asdict(cfg),
             "minutes": sum(results[s]["minutes"] for s in seeds), "command": args.command,
-            "python": sys.version.split()[0], **packages, "device": torch.cuda.get_device_name()
-            if device.type == "cuda" else f"{device.type}, {os.cpu_count()} cores"}))
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+            "cores": os.cpu_count(), "python": sys.version.split()[0],
+            **{name: version(name) for name in ("torch", "numpy", "matplotlib", "tqdm")}}))
         show(folder)
 
 

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import bayes_meta  # noqa: E402
-import gpl_icl  # noqa: E402
 import policy_gen  # noqa: E402
 import rcgvf  # noqa: E402
 import vsml  # noqa: E402
@@ -40,36 +39,6 @@ class Machine:
 
     def clock(self, name):
         return rcgvf.contextlib.nullcontext()
-
-
-def gpl_icl_speed(cfg, data, run):
-    """Rates and ratios of the learner of this configuration and of the paper's shapes."""
-    device, rates, size = run.device, {}, 32 if run.device.type == "cpu" else 512
-    noise = gpl_icl.Dataset(torch.randn(2000, 784, device=device), data.y.new_zeros(2000), 10)
-    for name, source, shape in (
-            ("this_run", data, (cfg.batch, cfg.length, cfg.d_model, cfg.layers, cfg.heads)),
-            ("paper_shapes", noise, (size, 100, 256, 4, 8))):
-        (batch, length, width, layers, heads), n_in = shape, source.x.shape[1]
-        build = lambda: gpl_icl.Transformer(n_in, source.classes, length, width, layers, heads)
-        _, params, adam, loss_function = gpl_icl.learner(cfg, run, build, [0], 1)
-        generators, kinds = [torch.Generator(device)], [gpl_icl.Variant("", 0, cfg.burst)]
-        sample = lambda: gpl_icl.sample_batch(source, kinds, [0], generators, batch, length)
-        x, y = sample()
-        square = torch.randn(2048, 2048, device=device)
-        step, data_path, product, gram, matrices = gpl_icl.median_seconds(device, [
-            lambda: gpl_icl.meta_step(loss_function, params, adam, x, y, cfg.clip, run), sample,
-            lambda: square @ square, lambda: gpl_icl.gram_projection(x[0]),
-            lambda: x[0] @ torch.randn(batch, n_in, n_in, device=device)], repeats=9)
-        weights = sum(p.numel() for p in params.values()) - length * width
-        flops = 6 * batch * length * (weights + layers * length * width)       # causal attention
-        rates[name] = {"sequences_per_second": batch / (step + data_path),
-                       "model_sequences_per_second": batch / step,
-                       "data_share_of_step": data_path / (step + data_path),
-                       "model_flops_per_second": flops / step,
-                       "product_flops_per_second": 2 * 2048**3 / product,
-                       "model_share_of_product_rate": flops * product / step / (2 * 2048**3),
-                       "gram_speedup_over_matrices": matrices / gram}
-    return rates
 
 
 def vsml_speed(run):
@@ -268,8 +237,7 @@ def gymnasium_rate(kind, sizes, n):
 def main(names):
     """Print the rates of the scripts named, or of all; with --add also into results/NAME/summary.json."""
     run, add = Machine(), "--add" in names
-    settings = {"gpl_icl": lambda: gpl_icl_speed(gpl_icl.Config(), gpl_icl.load_dataset("glyph_digits", gpl_icl.Config(), run.device)[0], run),
-                "vsml": lambda: vsml_speed(run), "bayes_meta": lambda: bayes_meta_speed(bayes_meta.Config(), run),
+    settings = {"vsml": lambda: vsml_speed(run), "bayes_meta": lambda: bayes_meta_speed(bayes_meta.Config(), run),
                 "rcgvf": lambda: rcgvf_speed(rcgvf.Config(), run), "policy_gen": lambda: policy_gen_speed(policy_gen.Config(), run)}
     for name in [name for name in names if name != "--add"] or settings:
         rates = settings[name]()
