@@ -28,13 +28,13 @@ SYMBOLS
   x, y        x, y                     (B, T, D), (B, T): training sets, one a row
   f_theta     model(x, y)              (B, T, C) logits; at j they see x_{<=j} and y_{<j} only
 
-RESULT
-  @1
-  @2
-  @3
-  @4
-  @5
-  @6
+RESULT (quick: seeds 0-2, mean [95 % t interval], last third of 30 examples, 5 minutes a seed)
+  (a) Few tasks are memorised: K = 16, known 0.993 [0.989, 0.997], new 0.095. 1,024 are learned: 0.488.
+  (b) Unlimited tasks make a general learner: new tasks 0.537 [0.523, 0.551], another data set 0.577
+      [0.575, 0.578]; 1-NN 0.619, 0.653; SGD 0.561, 0.543. MNIST (14 x 14, T = 100), last of 100:
+      0.558 [0.498, 0.618], Fashion-MNIST 0.558; paper 0.737, 0.622; `paper` on a GPU 0.738, 0.617.
+  (c) Before that lies a plateau at chance, loss ln 10; without bursts it lasts: 0.101 at step 1,200.
+  (d) The less state, the worse: windows of 2, 4, 8 examples 0.132, 0.231, 0.319; all 30 0.491.
 
 DIFFERS
   1. quick is small: glyphs of matplotlib's fonts instead of MNIST, T = 30 instead of 100.
@@ -402,8 +402,8 @@ STYLES = {"seen": ("#D55E00", "known tasks"), "unseen_tasks": ("#0072B2", "new t
 
 def lines(axis, x, curves, colour, label, style="-"):
     """curves (seeds, points): a thin line a seed, and their thick mean."""
-    axis.plot(x, torch.tensor(curves).T, style, color=colour, lw=0.7, alpha=0.5)
-    axis.plot(x, torch.tensor(curves).mean(0), style, color=colour, lw=2.2, label=label)
+    axis.plot(x, torch.tensor(curves).T.tolist(), style, color=colour, lw=0.7, alpha=0.5)
+    axis.plot(x, torch.tensor(curves).mean(0).tolist(), style, color=colour, lw=2.2, label=label)
 
 
 def plot(summary, path):

@@ -269,7 +269,7 @@ def trained(seed, steps, **changes):
 
 
 def test_four_tasks_are_memorised():
-    """120 steps, seeds 0-9: known tasks SEEN, new ones NEW. Control: unlimited tasks."""
+    """120 steps, seeds 0-9: known tasks 0.78 to 0.85, new ones 0.09 to 0.11. Control: unlimited tasks, 0.07 to 0.14."""
     model, tests, row = trained(0, 120, num_tasks=4)
     assert row["seen"] > 0.7 and row["unseen_tasks"] < 0.2
     x, y = tests["seen"]
@@ -281,7 +281,8 @@ def test_four_tasks_are_memorised():
 
 
 def test_bursts_teach_in_context_learning():
-    """800 steps of bursts, seeds 0-9: `random` RANDOM, optimum 0.61. Controls: no bursts; a window of one example."""
+    """800 steps of bursts, seeds 0-9: `random` 0.50 to 0.56, optimum 0.61. Controls: no bursts, 0.09 to 0.11; a
+    window of one example, 0.26 (whole example 0.19, with the stray label 0.27)."""
     model, tests, row = trained(0, 800, burst=1.0, learning_rate=3e-3)
     best = G.late(G.random_optimum(10))
     assert 0.4 < row["random"] < best + 3 * math.sqrt(0.25 / 512)

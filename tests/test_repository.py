@@ -21,11 +21,11 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = ["gpl_icl"]                                        # second edition: a new script adds its name
+SCRIPTS = ["gpl_icl", "nonstationary"]           # second edition: a new script adds its name
 FIRST = ["bayes_meta", "vsml", "metagenrl", "rcgvf", "policy_gen"]
 LINES = {"gpl_icl": 650, "bayes_meta": 700, "nonstationary": 650, "vsml": 750, "rcgvf": 800, "policy_gen": 700,
          "metagenrl": 800, "symla": 650, "model_gen": 700, "mean_field": 700, "modular": 650, "speech_transfer": 750}
-DIVERGES = {name: ["--learning-rate", "1e9"] for name in SCRIPTS}
+DIVERGES = {"nonstationary": ["--transformer-rate", "1e9", "--networks", "sincos:lin"]}   # else --learning-rate 1e9
 BANNERS = ["CONFIGURATION", "TASKS", "MODEL", "LEARNING RULE", "TRAINING", "EVALUATION", "FIGURE", "RUN"]
 PACKAGES = {"numpy", "torch", "matplotlib", "tqdm"}
 
@@ -269,7 +269,8 @@ def test_main_in_a_thread_leaves_the_process_as_it_was(name, tmp_path, monkeypat
 
 @second
 def test_a_diverging_rate_stops_with_step_and_seed(name, tmp_path):
-    status, _, err = finish(name, "--preset", "smoke", "--log-every", 1, *DIVERGES[name], folder=tmp_path)
+    status, _, err = finish(name, "--preset", "smoke", "--log-every", 1, *DIVERGES.get(name, ["--learning-rate", "1e9"]),
+                            folder=tmp_path)
     assert status == 1 and err.count("\n") == 1 and re.match(r"seed 0 \S+ \d+/\d+: not finite", err), err
 
 
