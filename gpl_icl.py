@@ -596,9 +596,10 @@ def main(argv=None):
         torch.set_float32_matmul_precision("high")                             # TF32
     compiled = device.type == "cuda" if args.compile is None else args.compile
     rank, world = 0, 1
-    if torch.distributed.is_torchelastic_launched():
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if torch.distributed.is_torchelastic_launched():         # torchrun keeps a store of keys
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(*address, timeout=datetime.timedelta(days=30))
     if rank == 0 and not folder:
         new = (pathlib.Path("runs", name, f"{args.preset}-{n}") for n in range(1, 10**9))
         folder = args.out or next(path for path in new if not path.exists())
@@ -609,9 +610,9 @@ def main(argv=None):
         except OSError as error:
             sys.exit(f"{error}; a run that is there goes on with --resume")
     if world > 1:
-        shared = [folder]
-        torch.distributed.broadcast_object_list(shared)
-        folder = shared[0]
+        if rank == 0:
+            store.set("folder", str(folder))
+        folder = pathlib.Path(store.get("folder").decode())  # waits for it
     print(f"{name} {args.preset} on {device}, torch {torch.__version__}, into {folder}")
     seeds, results, run = list(range(cfg.seed, cfg.seed + cfg.num_seeds)), {}, None
     try:
@@ -628,12 +629,11 @@ def main(argv=None):
             (folder / "config.json").unlink()
             folder.rmdir()
         sys.exit(f"{name}: error: {error}")
-    if world > 1:
-        parts = [None] * world
-        torch.distributed.all_gather_object(parts, results)
-        results = {s: part[s] for part in parts for s in part}
-        torch.distributed.destroy_process_group()
+    for seed in results if world > 1 else ():
+        store.set(f"seed{seed}", json.dumps(results[seed]))
     if rank == 0:
+        if world > 1:
+            results = {seed: json.loads(store.get(f"seed{seed}")) for seed in seeds}
         heads = [results[s]["headline"] for s in seeds]
         (folder / "summary.json").write_text(json.dumps({
             "headline": {key: interval([head[key] for head in heads]) for key in heads[0]},
