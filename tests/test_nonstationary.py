@@ -206,6 +206,23 @@ def test_alibi_does_not_know_the_position():
     assert sincos(x).std() > 1e-4
 
 
+def test_alibi_falls_with_the_lag():
+    """Slopes 2^-2, 2^-4, .. for 4 heads; sequences first, then heads, as MultiheadAttention wants them."""
+    model, seen = networks(SMALL)["alibi"], []
+
+    class Recorder(torch.nn.Module):
+        def forward(self, h, mask, is_causal):
+            seen.append((mask, is_causal))
+            return h
+    model.blocks = Recorder()
+    model(torch.randint(2, (3, 5)))
+    mask, is_causal = seen[0]
+    assert mask.shape == (3 * 4, 5, 5) and not is_causal
+    for n, i, j in itertools.product(range(12), range(5), range(5)):
+        expected = -(i - j) * 2.0 ** (-2 * (n % 4 + 1)) if j <= i else -math.inf
+        assert mask[n, i, j].item() == pytest.approx(expected)
+
+
 def test_lstm_starts_with_a_forget_bias_of_one():
     core = networks(SMALL)["lstm"].core
     bias = (core.bias_ih_l0 + core.bias_hh_l0)[16:32]
