@@ -31,7 +31,7 @@ SYMBOLS
   regret      step_regret       (B, T-1) KL(theta_t || q_t), t >= 2, and its sum; Bayes has one, too
   KT          kt_predict                 exact for one segment (Krichevsky, Trofimov)
   PTW         ptw_predict                exact for a binary tree of segments (Veness et al. 2013)
-  LIN         lin_predict                exact if segments of n symbols end with 1 / (2 n)
+  LIN         lin_predict                exact if n symbols end a segment with prob. 1 / (2 n)
   oracle      oracle_predict             KT told where the segments begin; for `regular` exact Bayes
 
 RESULT (quick: seeds 0-4, mean [95 % t interval], 3 minutes a seed on one core; ratios of regrets)
