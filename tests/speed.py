@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-import bayes_meta  # noqa: E402
 import policy_gen  # noqa: E402
 import rcgvf  # noqa: E402
 import vsml  # noqa: E402
@@ -83,31 +82,6 @@ def vsml_speed(run):
             "factored_over_naive": {
                 "speed": slow / fast, "largest_difference": gap, "flops":
                 per_cell / (2 * (2 * M + N) * 4 * N + 4 * N + 2 * (2 * N * M + 2 * M))}}
-
-
-def bayes_meta_speed(cfg, run):
-    """Rates of eager training steps: of an LSTM with this run's and the paper's shapes, all
-    sources in one stack, with what sampling adds; of each model with the paper's."""
-    few, device, rates = 16 if run.device.type == "cpu" else 128, run.device, {}
-    for name, model, copies, B, T in (
-            ("this_run", "lstm", len(run.seeds), cfg.switch_batch, cfg.switch_length),
-            ("paper_sources", "lstm", 1, 128, 256),
-            *((f"paper_{model}", model, 1, few, 256) for model in bayes_meta.MODELS)):
-        sources = bayes_meta.SOURCES[:1] if name == f"paper_{model}" else bayes_meta.SOURCES[1:]
-        generators = [bayes_meta.stream(0, 99, device)] * copies
-        width = 64 if "transformer" in model else 128
-        network = bayes_meta.build(model, 2, 2, cfg.switch_hidden if name == "this_run" else width,
-                        [bayes_meta.stream(0, 60, "cpu")] * copies * len(sources), 5, 8).to(device)
-        parameters = [*network.parameters()]
-        adam = torch.optim.Adam(parameters, fused=True)
-        draw = lambda: torch.stack([bayes_meta.sample_source(source, B, T, generators)[0]
-                                    for source in sources], 1).flatten(0, 1)   # (S, B, T)
-        x = draw()
-        data, step = bayes_meta.median_seconds(device, [draw, lambda: bayes_meta.meta_step(
-            bayes_meta.prediction_loss(network, bayes_meta.COIN, x), parameters, adam, cfg.clip, run)], repeats=3)
-        rates[name] = {"sequences_per_second": x.shape[0] * B / (data + step),
-                       "end_to_end_over_step": 1 + data / step}
-    return rates
 
 
 def rcgvf_speed(cfg, run):
@@ -237,8 +211,7 @@ def gymnasium_rate(kind, sizes, n):
 def main(names):
     """Print the rates of the scripts named, or of all; with --add also into results/NAME/summary.json."""
     run, add = Machine(), "--add" in names
-    settings = {"vsml": lambda: vsml_speed(run), "bayes_meta": lambda: bayes_meta_speed(bayes_meta.Config(), run),
-                "rcgvf": lambda: rcgvf_speed(rcgvf.Config(), run), "policy_gen": lambda: policy_gen_speed(policy_gen.Config(), run)}
+    settings = {"vsml": lambda: vsml_speed(run), "rcgvf": lambda: rcgvf_speed(rcgvf.Config(), run), "policy_gen": lambda: policy_gen_speed(policy_gen.Config(), run)}
     for name in [name for name in names if name != "--add"] or settings:
         rates = settings[name]()
         print(json.dumps({name: rates}), flush=True)
