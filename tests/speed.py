@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import policy_gen  # noqa: E402
 import rcgvf  # noqa: E402
-import vsml  # noqa: E402
 
 
 if sys.platform == "linux":                                  # as class Run does
@@ -38,50 +37,6 @@ class Machine:
 
     def clock(self, name):
         return rcgvf.contextlib.nullcontext()
-
-
-def vsml_speed(run):
-    """Cell ticks a second at I = 784, O = 10, two ticks; the factored form against the naive. On a
-    CPU, of one core."""
-    cfg, device, T, threads = vsml.Config(mode="A", ticks=2), run.device, 50, torch.get_num_threads()
-    torch.set_num_threads(1)
-    params = vsml.init_params(cfg, [vsml.stream(0, 40, device)])
-    copies = 1 if device.type == "cpu" else 16
-    noise = vsml.state_noise(cfg, (784, 10), copies, [vsml.stream(0, 0, device)])
-    x = torch.randn(1, copies, T, 784, device=device)
-    y = torch.randint(10, (1, copies, T), device=device)
-    hot, layer = run.compile(vsml.vsml_step), vsml.init_state(cfg, noise)[0]
-    live = lambda params: vsml.lifetime_loss(vsml.vsml_lifetime(params, x, y, [layer], cfg, hot), y)
-    h, c = (part.permute(0, 2, 4, 3, 1).contiguous() for part in layer[:2])
-    below, above = x[:, None, :, 0], torch.randn(1, 1, copies, 10, device=device)
-    wide = lambda m: F.pad(m.movedim(1, -1), (0, 7))
-
-    @torch.no_grad()
-    def naive(ticks=20):
-        part = h, c
-        for _ in range(ticks):
-            *part, up, down = vsml.naive_tick(params, *part, wide(below), wide(above))
-        return part[0], up
-
-    @torch.no_grad()
-    def factored(ticks=20):
-        part, one = layer, replace(cfg, ticks=1)
-        for _ in range(ticks):
-            part = vsml.visit(params, part, below, above, one)
-            up = vsml.message(params, "up", part.h, cfg)
-        return part.h.permute(0, 2, 4, 3, 1), up.movedim(1, -1)
-    forward, both, slow, fast = vsml.median_seconds(device, [
-        torch.no_grad()(lambda: live(params)), lambda: vsml.bptt_gradient(live, params), naive,
-        factored])
-    ticks, gap = copies * 7840 * 2 * T, max(
-        (a - b).abs().max().item() for a, b in zip(naive(), factored()))
-    torch.set_num_threads(threads)
-    N, M = cfg.state_size, cfg.message_size
-    per_cell = 2 * N * 4 * N + 2 * 4 * N + N                 # product with h, two sums, mean of h
-    return {"cell_ticks_per_second": {"forward": ticks / forward, "forward_backward": ticks / both},
-            "factored_over_naive": {
-                "speed": slow / fast, "largest_difference": gap, "flops":
-                per_cell / (2 * (2 * M + N) * 4 * N + 4 * N + 2 * (2 * N * M + 2 * M))}}
 
 
 def rcgvf_speed(cfg, run):
@@ -211,7 +166,7 @@ def gymnasium_rate(kind, sizes, n):
 def main(names):
     """Print the rates of the scripts named, or of all; with --add also into results/NAME/summary.json."""
     run, add = Machine(), "--add" in names
-    settings = {"vsml": lambda: vsml_speed(run), "rcgvf": lambda: rcgvf_speed(rcgvf.Config(), run), "policy_gen": lambda: policy_gen_speed(policy_gen.Config(), run)}
+    settings = {"rcgvf": lambda: rcgvf_speed(rcgvf.Config(), run), "policy_gen": lambda: policy_gen_speed(policy_gen.Config(), run)}
     for name in [name for name in names if name != "--add"] or settings:
         rates = settings[name]()
         print(json.dumps({name: rates}), flush=True)

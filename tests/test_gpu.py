@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-SCRIPTS = ["gpl_icl", "bayes_meta", "nonstationary"]           # a new script adds its name
-PAPER = {"gpl_icl": ["--data-dir", ""]}      # what `paper` needs in order to run without files
+SCRIPTS = ["gpl_icl", "bayes_meta", "nonstationary", "vsml"]   # a new script adds its name
+PAPER = {"gpl_icl": ["--data-dir", ""],          # what `paper` needs in order to run without files, and soon
+         "vsml": ["--data", "fields", "--test", "", "--test-length", "200"]}
 TABLE = {}
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
