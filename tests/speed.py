@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import policy_gen  # noqa: E402
-import rcgvf  # noqa: E402
 
 
 if sys.platform == "linux":                                  # as class Run does
@@ -36,59 +35,7 @@ class Machine:
     steps = staticmethod(lambda stage, total, state: range(total))
 
     def clock(self, name):
-        return rcgvf.contextlib.nullcontext()
-
-
-def rcgvf_speed(cfg, run):
-    """Steps a second of 4,096 MiniGrids with observations and new levels, beside the minigrid
-    package where it is installed; frames a second of training at the authors' setting for 1 and 5
-    seeds. On a CPU, of one core."""
-    device, rates, threads = run.device, {}, torch.get_num_threads()
-    torch.set_num_threads(1)
-    for name in ("Empty-8x8", "DoorKey-8x8", "MultiRoom-N6", "KeyCorridorS4R3"):
-        generator = rcgvf.stream(0, 22, device)
-        env, n = rcgvf.MiniGrid(name, 4096, [generator]), 300
-        level, = rcgvf.median_seconds(device, [lambda: rcgvf.minigrid_family(name)[3](
-            rcgvf.Levels(4096, env.width, env.height, generator))], 3)
-        env.step_count = torch.randint(env.max_steps, (4096,), device=device)  # ends at all times
-        actions, ended = torch.randint(7, (n, 4096), device=device), 0
-        rcgvf.synchronise(device)
-        start = time.perf_counter()
-        for action in actions:
-            env.observe()
-            _, terminated, truncated = env.step(action)
-            ended = ended + (terminated | truncated).sum()
-        rcgvf.synchronise(device)
-        seconds = time.perf_counter() - start + ended.item() * level / 4096    # and new levels
-        rates[name] = {"steps_per_second": n * 4096 / seconds, **package_rate(name)}
-    big = rcgvf.Config(scale="paper", frames=8 * 1600, log_every=1000)
-    for S in (1, 5):
-        alone = copy.copy(run)
-        alone.seeds, alone.seconds = list(range(S)), {"evaluation": 0}
-        alone.steps, alone.log, alone.watch = (lambda stage, total, state: range(total)), len, len
-        start = time.perf_counter()
-        rcgvf.train(big, alone, "", 0, "rcgvf", 20.0)
-        seconds = time.perf_counter() - start - alone.seconds["evaluation"]
-        rates[f"authors_lock_{S}_seeds"] = {"frames_per_second": S * big.frames / seconds}
-    torch.set_num_threads(threads)
-    return rates
-
-
-def package_rate(name, steps=3000):
-    """Steps a second of the minigrid package itself, observations and resets included."""
-    try:
-        import gymnasium
-        import minigrid  # noqa: F401, registers what it has
-        env = gymnasium.make(f"MiniGrid-{name}-v0")
-    except Exception:                                        # not installed
-        return {}
-    env.reset(seed=0)
-    start = time.perf_counter()
-    for action in np.random.default_rng(0).integers(7, size=steps):
-        _, _, terminated, truncated, _ = env.step(action)
-        if terminated or truncated:
-            env.reset()
-    return {"package_steps_per_second": steps / (time.perf_counter() - start)}
+        return contextlib.nullcontext()
 
 
 def policy_gen_speed(cfg, run):
@@ -166,7 +113,7 @@ def gymnasium_rate(kind, sizes, n):
 def main(names):
     """Print the rates of the scripts named, or of all; with --add also into results/NAME/summary.json."""
     run, add = Machine(), "--add" in names
-    settings = {"rcgvf": lambda: rcgvf_speed(rcgvf.Config(), run), "policy_gen": lambda: policy_gen_speed(policy_gen.Config(), run)}
+    settings = {"policy_gen": lambda: policy_gen_speed(policy_gen.Config(), run)}
     for name in [name for name in names if name != "--add"] or settings:
         rates = settings[name]()
         print(json.dumps({name: rates}), flush=True)

@@ -21,8 +21,8 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = ["gpl_icl", "bayes_meta", "nonstationary", "vsml"]     # second edition: a new script adds its name
-FIRST = ["metagenrl", "rcgvf", "policy_gen"]
+SCRIPTS = ["gpl_icl", "bayes_meta", "nonstationary", "vsml", "rcgvf"]      # second edition: a new script adds its name
+FIRST = ["metagenrl", "policy_gen"]
 LINES = {"gpl_icl": 650, "bayes_meta": 700, "nonstationary": 650, "vsml": 750, "rcgvf": 800, "policy_gen": 700,
          "metagenrl": 800, "symla": 650, "model_gen": 700, "mean_field": 700, "modular": 650, "speech_transfer": 750}
 DIVERGES = {"nonstationary": ["--transformer-rate", "1e9", "--networks", "sincos:lin"],   # else --learning-rate 1e9
