@@ -71,7 +71,7 @@ from tqdm import tqdm
 # ---- 1. CONFIGURATION --------------------------------------------------------------------------
 
 RND = ("rnd", "rnd4", "ppo")          # ppo has RND's predictor, too, and beta = 0
-METHODS = ("rcgvf", "no_future", "error", "disagreement", *RND)
+BETAS = "rcgvf:450,rnd:1.25,no_future:1111,error:1,disagreement:3.3,rnd4:10,ppo:0"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Config:
     """All settings of a run; each comment is the option's --help. [code]: official, lock."""
     env: str = "lock"                # lock, or MultiRoom-N4-S5: 4 rooms of sides up to 5, any two
     methods: str = "rcgvf,rnd,no_future,ppo"   # also error, disagreement, rnd4
-    betas: str = "rcgvf:450,rnd:1.25,no_future:1111,error:1,disagreement:3.3,rnd4:10,ppo:0"  # R
+    betas: str = BETAS               # method:beta, size of its intrinsic reward
     horizon: int = 16                # columns of the lock, H [code: 100]
     frames: int = 250_000            # steps of all environments, for each method
     envs: int = 96                   # environments side by side, N [code: 16]
@@ -105,7 +105,7 @@ class Config:
         if not re.fullmatch(r"lock|MultiRoom-N([2-9]|1[0-2])-S([4-9]|10)", self.env):
             raise ValueError(f"--env must be lock or MultiRoom-N4-S5 and the like, not {self.env}")
         for method in self.methods.split(","):
-            if method not in METHODS or not re.search(rf"\b{method}:[\d.e+-]+(,|$)", self.betas):
+            if method not in COLOURS or not re.search(rf"\b{method}:[\d.e+-]+(,|$)", self.betas):
                 raise ValueError(f"--methods: {method!r} is unknown or has no number in --betas")
         if min(self.horizon - 1, self.frames, self.envs, self.epochs, self.rollout, self.minibatch,
                self.hidden, self.predictor_hidden, self.feature_hidden, self.cumulants) < 1:
@@ -123,8 +123,7 @@ PRESETS = {
     "quick": {},
     "paper": dict(methods="rcgvf,rnd,ppo", betas="rcgvf:20,rnd:0.5,ppo:0", horizon=100, envs=16,
                   frames=20_000_000, rollout=100, minibatch=200, learning_rate=5e-4, hidden=256,
-                  predictor_hidden=256, feature_hidden=128, cumulants=128, log_every=100,
-                  save_every=500),
+                  predictor_hidden=256, feature_hidden=128, cumulants=128, log_every=100),
     "ablation": dict(methods="rcgvf,rnd,no_future,error,disagreement,rnd4,ppo"),
     "minigrid": dict(env="MultiRoom-N4-S5", methods="rcgvf,rnd,ppo", betas="rcgvf:3,rnd:0.01,ppo:0",
                      frames=800_000, envs=64, rollout=32, minibatch=512, epochs=4, rcgvf_rate=0.75,
@@ -357,7 +356,8 @@ def remember(cell, x, memory, first):
         h, c = (memory * (1 - first_t)[:, None]).chunk(2, 1)
         memory = torch.cat(cell(x_t, (h, c)), 1)
         memories.append(memory)
-    return torch.stack(memories).chunk(2, 2)[0], torch.stack(memories)
+    memories = torch.stack(memories)
+    return memories.chunk(2, 2)[0], memories
 
 
 class Agent(nn.Module):
@@ -430,8 +430,8 @@ def intrinsic_reward(v, G, method):
     if method in RND:
         return error.sum(-1) ** (0.5 if method == "rnd" else 2)
     # R_t = beta sum_d Var_k[v^k_t] mean_k (G^k_t - v^k_t)^2, or one of the factors
-    product = {"error": error, "disagreement": v.var(2)}.get(method, v.var(2) * error)
-    return product.sum(-1)
+    spread = v.var(2)
+    return {"error": error, "disagreement": spread}.get(method, spread * error).sum(-1)
 
 
 def ppo_loss(logits, value, batch, entropy_weight, clip=0.2):
@@ -586,7 +586,7 @@ def lines(axis, seeds, key, best, title):
         axis.plot(frames, curves.T.tolist(), color=COLOURS[method], lw=0.6, alpha=0.5)
         axis.plot(frames, curves.mean(0).tolist(), color=COLOURS[method], lw=2, label=method)
     axis.axhline(best, color="k", ls="--", lw=1, label="most")
-    axis.set(xlabel="thousand frames", title=title)
+    axis.set(xlabel="thousand frames", ylabel=key, title=title)
 
 
 def plot(summary, path):
@@ -603,7 +603,7 @@ def plot(summary, path):
             c[0].plot([place] * len(values), values, "o", color=COLOURS[method], alpha=0.6)
             c[0].plot(place, statistics.fmean(values), "_", color="k", ms=24)
         c[0].set_xticks(range(len(seeds[0]["curves"])), seeds[0]["curves"], rotation=20)
-        c[0].set_title("(c) Mean of (a) over the run")
+        c[0].set(ylabel="mean farthest column", title="(c) Mean of (a) over the run")
     else:
         lines(a, seeds, "return", 1, f"(a) {summary['config']['env']}: mean return")
         rooms = re.findall(r"\d+", summary["config"]["env"])[0]
