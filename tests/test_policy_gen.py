@@ -18,13 +18,10 @@ CPU, TINY = torch.device("cpu"), P.Config(**P.PRESETS["smoke"])
 
 class Alone:
     """A `Run` that keeps its rows and the state of its last stage."""
-    device, compile = CPU, staticmethod(lambda function: function)
-
-    def __init__(self):
-        self.seed, self.rows = 0, []
+    device, compile, seed = CPU, staticmethod(lambda function: function), 0
 
     def steps(self, stage, total, **state):
-        self.stage, self.state = stage, state
+        self.stage, self.state, self.rows = stage, state, getattr(self, "rows", [])
         for self.step in range(total):
             yield self.step
 
@@ -32,8 +29,7 @@ class Alone:
         self.rows.append({"stage": self.stage, "step": self.step + 1, **numbers})
 
 
-def test_reach_by_hand():
-    """Straight to each target closes all of it, standing still nothing, fleeing costs 100 at most."""
+def test_reach_by_hand():                                    # straight to the targets, standing still, fleeing
     torch.manual_seed(0)
     env = P.Reach()
     state = env.reset(50, 2, CPU)
@@ -72,7 +68,6 @@ def test_gym_rows_equal_single_simulators_also_after_an_end():
 
 
 def test_mountain_car_equals_gymnasiums():
-    """The same policies from the same first states, some reach the goal, most do not: all steps and all returns."""
     torch.manual_seed(0)
     searches = [P.Search(TINY, env, CPU, 16, 16) for env in (P.MountainCar(), P.Gym("MountainCarContinuous-v0"))]
     theta, state = torch.randn(6, 3 * 16 + 17 * 16 + 17), searches[1].env.reset(2, 6, CPU)
@@ -100,8 +95,8 @@ def test_generated_policies_equal_an_explicit_loop_over_slices():
     sizes, command, obs = (3, 32, 32, 2), torch.tensor([0.3, -1.0]).double(), torch.randn(2, 6, 3).double()
     G = P.Generator(sizes, 16).double()
     actions = P.policy_act(G(command), sizes, obs, 1.5)
-    for b in range(2):
-        x, flat = obs[b], []
+    for b, x in enumerate(obs):
+        flat = []
         for net, n_in, n_out in zip(G.layers, sizes, sizes[1:]):
             W, bias, (tiles_in, tiles_out) = torch.zeros(n_out, n_in).double(), 0.0, net.z.shape[:2]
             down, right = n_out // tiles_out, n_in // tiles_in
@@ -115,8 +110,7 @@ def test_generated_policies_equal_an_explicit_loop_over_slices():
         torch.testing.assert_close(1.5 * x, actions[b], rtol=1e-10, atol=1e-10)
 
 
-def test_fingerprints_see_what_a_policy_does_not_how():
-    """Permuted hidden units: the same return for V with a fingerprint, another one for V that reads weights."""
+def test_fingerprints_see_what_a_policy_does_not_how():      # hidden units permuted
     torch.manual_seed(0)
     order, theta = torch.randperm(16), torch.randn(3, 64 + 16 + 256 + 84)      # policies 4-16-16-4
     W1, b1, W2, rest = theta.split((64, 16, 256, 84), 1)
@@ -132,6 +126,7 @@ def test_the_generators_gradient_by_finite_differences():
     torch.manual_seed(0)
     sizes, returns = (4, 16, 16, 4), torch.tensor([-60.0, 10.0, 80.0]).double()
     G, V = P.Generator(sizes, 8).double(), P.Evaluator(TINY, sizes, 1.0, True).double().requires_grad_(False)
+    assert P.hindsight_loss(lambda c: c[:, None], None, 3 + returns[:, None], returns, 1.0) == 9     # imitation
     P.generator_loss(G, V, None, returns, 200.0).backward()
     assert all(x.grad is None for x in V.parameters())
     way = [torch.randn_like(x) for x in G.parameters()]
@@ -162,15 +157,17 @@ def test_replay_prefers_recent_iterations_and_leaves_the_band_out():
 
 
 def test_what_is_over_pays_no_more_and_is_seen_no_more():
-    """Episode i ends after i + 1 steps of six, each of which pays 1."""
+    """Episode i ends after i + 1 steps of six, each of which pays 1; policies see standardised observations."""
     env = types.SimpleNamespace(observations=1, actions=1, limit=1.0, horizon=6, step=lambda state, action, t: (
-        state, torch.ones(4), (state[:, 0] <= t) & (state[:, 0] >= t)))
-    returns, seen = P.Search(TINY, env, CPU).play(torch.zeros(2, 2), torch.arange(4.0)[:, None])
+        acted.append(action[:, 0]) or state, torch.ones(4), (state[:, 0] <= t) & (state[:, 0] >= t)))
+    search, acted = P.Search(TINY, env, CPU), []
+    search.moments = torch.tensor([[9.0], [1.0], [4.0]])
+    returns, seen = search.play(torch.tensor([[1.0, 0.0]] * 2), torch.arange(4.0)[:, None])
     assert returns.tolist() == [[1, 2], [3, 4]] and sorted(seen[:, 0].tolist()) == [0, 1, 1, 2, 2, 2, 3, 3, 3, 3]
+    torch.testing.assert_close(acted[0], ((torch.arange(4.0) - 1) / 2).tanh())
 
 
-def test_moments_are_those_of_all_observations(monkeypatch):
-    """Merged over five unequal parts, far from zero, where sums of squares would cancel."""
+def test_moments_are_those_of_all_observations_also_far_from_zero(monkeypatch):
     torch.manual_seed(0)
     search, parts = P.Search(TINY, P.MountainCar(), CPU), [1000 + 0.1 * torch.randn(n, 2) for n in (9, 30, 2, 70, 4)]
     for part in parts:
@@ -216,15 +213,16 @@ def test_half_of_the_commands_are_for_any_return_so_far(monkeypatch):
     torch.testing.assert_close(command[200:], high.expand(200), atol=1e-3, rtol=0)
     spread = ((command[:200] - low) / (high - low)).sort().values
     assert (spread - torch.linspace(0, 1, 200)).abs().max() < 0.13             # uniform (Kolmogorov, 0.1 %)
+    torch.manual_seed(0)                                     # it is untrained: as it was drawn
+    assert torch.equal(G.layers[1].z, P.Generator(search.sizes, cfg.hidden).layers[1].z)
     noise = search.theta[400:] - forward(G, command / 200)   # and each policy has noise of its own
     assert noise.std().item() == pytest.approx(cfg.noise, rel=0.02) and (noise[0] - noise[1]).abs().mean() > 0.05
 
 
 def test_a_checkpoint_holds_the_replay_as_far_as_it_is_filled(tmp_path, capsys):
-    """Three of 3,000 iterations of `paper`'s policies (on a small task): three policies, not 3,000."""
     cfg = P.Config(**{**P.PRESETS["paper"], "env": "Reach", "hidden": 16, "probes": 4, "batch": 2, "save_every": 3})
     run = P.Run(cfg, 0, tmp_path, CPU, False)
-    steps = run.steps
+    steps = run.steps                                        # of 3,000 iterations of `paper`
     run.steps = lambda *arguments, **state: itertools.islice(steps(*arguments, **state), 4)    # the third is saved
     P.train(cfg, run, P.Reach(), "generator")
     assert torch.load(tmp_path / "seed0-generator.pt")["state"]["theta"].shape == (3, 5 * 256 + 257 * 256 + 257 * 4)
@@ -258,7 +256,8 @@ def test_a_table_plays_the_nearest_stored_policy(monkeypatch):
 
 
 def test_experiment_names_what_it_compares(monkeypatch):
-    """Errors recomputed from the answers; all rivals are there, the band's commands inside the band."""
+    train, found = P.train, {}
+    monkeypatch.setattr(P, "train", lambda *x: found.setdefault(x[-1], train(*x)))
     out = P.experiment(replace(TINY, iterations=1, eval_episodes=1), Alone())
     head, answers = out["headline"], out["answers"]
     for name, (asked, achieved) in answers.items():
@@ -266,6 +265,7 @@ def test_experiment_names_what_it_compares(monkeypatch):
         assert error == pytest.approx(np.abs(np.subtract(achieved, asked)).mean() / 200)
         assert (len(asked), min(asked) > 10, max(asked) < 30) == ((5, 1, 1) if "band" in name else (21, 0, 0))
     assert head["pearson"] == pytest.approx(np.corrcoef(*answers["generator"])[0, 1], abs=1e-4)
+    assert [method for method, (search, *_) in found.items() if search.band == P.BAND] == ["band"] and len(found) == 6
     tables = {"table_own_replay", "random_search", "ars_table", "band_table"}
     assert set(answers) == {*P.COLOURS, "band", "mountaincar", "generator"} - {"tracking"} | tables | {
         f"{name}_again" for name in tables}
