@@ -1,8 +1,4 @@
-"""What holds for every script: its form, its command line, its runs; the README against the results.
-
-The scripts of the second edition share one section 8, and each number of lines has a limit; the first edition's have
-another section 8, and the tests of its command line are in their own files, until they are rewritten.
-"""
+"""What holds for every script: its form, its command line, its runs; the README against the results."""
 import ast
 import contextlib
 import importlib
@@ -21,19 +17,18 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = ["gpl_icl", "bayes_meta", "nonstationary", "vsml", "rcgvf", "policy_gen"]      # second edition: a new script adds its name
-FIRST = ["metagenrl"]
+SCRIPTS = ["gpl_icl", "bayes_meta", "nonstationary", "vsml", "rcgvf", "policy_gen", "metagenrl"]
 LINES = {"gpl_icl": 650, "bayes_meta": 700, "nonstationary": 650, "vsml": 750, "rcgvf": 800, "policy_gen": 700,
          "metagenrl": 800, "symla": 650, "model_gen": 700, "mean_field": 700, "modular": 650, "speech_transfer": 750}
 DIVERGES = {"nonstationary": ["--transformer-rate", "1e9", "--networks", "sincos:lin"],   # else --learning-rate 1e9
             "bayes_meta": ["--predict-rate", "1e9", "--families", "gaussian"],
             "vsml": ["--learning-rate", "1e38"],             # its logits are bounded
-            "policy_gen": ["--evaluator-rate", "1e9"]}
+            "policy_gen": ["--evaluator-rate", "1e9"],
+            "metagenrl": ["--critic-rate", "1e9"]}
 BANNERS = ["CONFIGURATION", "TASKS", "MODEL", "LEARNING RULE", "TRAINING", "EVALUATION", "FIGURE", "RUN"]
 PACKAGES = {"numpy", "torch", "matplotlib", "tqdm"}
 
-second = pytest.mark.parametrize("name", SCRIPTS)
-every = pytest.mark.parametrize("name", SCRIPTS + FIRST)
+every = pytest.mark.parametrize("name", SCRIPTS)
 
 
 def text(name):
@@ -97,7 +92,7 @@ def test_imports_only_the_four_packages_and_no_other_script(name):
             modules = {node.module.split(".")[0]}
         else:
             continue
-        bridges = {"gymnasium"} if name in FIRST + ["policy_gen"] and node not in tree.body else set()
+        bridges = {"gymnasium"} if name == "policy_gen" and node not in tree.body else set()
         assert modules <= set(sys.stdlib_module_names) | PACKAGES | bridges
 
 
@@ -106,14 +101,12 @@ def test_eight_sections_in_order(name):
     assert re.findall(r"^# -+ \d\. ([A-Z ]+?) -+$", text(name), re.M) == BANNERS
 
 
-@pytest.mark.parametrize("edition", [SCRIPTS, FIRST], ids=["second", "first"])
-def test_section_8_is_the_same_text_everywhere(edition):
-    sections = {re.search(r"^# -+ 8\. RUN.*", text(name), re.M | re.S)[0] for name in edition}
-    assert len(sections) == 1
-    assert edition is FIRST or sections.pop().count("\n") <= 215
+def test_section_8_is_the_same_text_everywhere():
+    sections = {re.search(r"^# -+ 8\. RUN.*", text(name), re.M | re.S)[0] for name in SCRIPTS}
+    assert len(sections) == 1 and sections.pop().count("\n") <= 215
 
 
-@second
+@every
 def test_length_and_density(name):
     lines = text(name).splitlines()
     assert len(lines) <= LINES[name]
@@ -160,7 +153,7 @@ def test_header_names_the_four_packages_of_the_requirements(name):
 
 # ---- command line ----
 
-@second
+@every
 def test_help_explains_every_option_in_every_preset(name, capsys):
     script = importlib.import_module(name)
     with pytest.raises(SystemExit):
@@ -173,7 +166,7 @@ def test_help_explains_every_option_in_every_preset(name, capsys):
     assert "--no-compile" in shown and "smoke" in shown
 
 
-@second
+@every
 def test_bad_input_gives_one_line_and_writes_nothing(name, tmp_path, monkeypatch, finished):
     monkeypatch.chdir(tmp_path)
     assert "--no-such-option" in refused(name, "--no-such-option")
@@ -193,7 +186,7 @@ def test_bad_input_gives_one_line_and_writes_nothing(name, tmp_path, monkeypatch
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "config.json"]
 
 
-@second
+@every
 def test_as_a_process_it_ends_with_one_line_on_stderr(name, tmp_path):
     status, out, err = finish(name, "--seed", "first", folder=tmp_path)
     assert status == 1 and out == "" and err.count("\n") == 1 and not list(tmp_path.iterdir())
@@ -201,7 +194,7 @@ def test_as_a_process_it_ends_with_one_line_on_stderr(name, tmp_path):
 
 # ---- runs ----
 
-@second
+@every
 def test_killed_and_resumed_equals_uninterrupted(name, tmp_path, finished):
     expected, folder = results(finished(name)), tmp_path / "run"
     process = start(name, "--preset", "smoke", "--num-seeds", 2, "--out", folder, folder=tmp_path)
@@ -218,7 +211,7 @@ def test_killed_and_resumed_equals_uninterrupted(name, tmp_path, finished):
         assert log.read_text() == (finished(name) / log.name).read_text()
 
 
-@second
+@every
 def test_a_checkpoint_cut_in_half_is_named(name, tmp_path, finished, monkeypatch):
     shutil.copytree(finished(name), tmp_path / "run")
     file = next((tmp_path / "run").glob("seed0*.pt"))
@@ -228,7 +221,7 @@ def test_a_checkpoint_cut_in_half_is_named(name, tmp_path, finished, monkeypatch
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
-@second
+@every
 def test_processes_divide_the_seeds(name, tmp_path, finished):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     status, out, err = finish(name, "--preset", "smoke", "--num-seeds", 2, "--out", tmp_path / "run",
@@ -238,7 +231,7 @@ def test_processes_divide_the_seeds(name, tmp_path, finished):
     assert out.count("figure.png") == 1
 
 
-@second
+@every
 def test_same_seed_same_numbers_in_a_strange_environment(name, tmp_path, finished):
     """Variables that a notebook or a launcher may leave behind."""
     status, out, err = finish(name, "--preset", "smoke", "--seed", 1, folder=tmp_path, MPLBACKEND="module://missing",
@@ -248,7 +241,7 @@ def test_same_seed_same_numbers_in_a_strange_environment(name, tmp_path, finishe
     assert again == expected[1:] != expected[:1]             # other seeds, other numbers
 
 
-@second
+@every
 def test_main_in_a_thread_leaves_the_process_as_it_was(name, tmp_path, monkeypatch):
     import matplotlib
     monkeypatch.setenv("MPLBACKEND", "agg")
@@ -270,14 +263,14 @@ def test_main_in_a_thread_leaves_the_process_as_it_was(name, tmp_path, monkeypat
     assert not failures and state() == before
 
 
-@second
+@every
 def test_a_diverging_rate_stops_with_step_and_seed(name, tmp_path):
     status, _, err = finish(name, "--preset", "smoke", "--log-every", 1, *DIVERGES.get(name, ["--learning-rate", "1e9"]),
                             folder=tmp_path)
     assert status == 1 and err.count("\n") == 1 and re.match(r"seed 0 \S+ \d+/\d+: not finite", err), err
 
 
-@second
+@every
 def test_a_seed_that_cannot_begin_costs_nothing(name, tmp_path, monkeypatch):
     """Bad data leave no folder behind; what earlier seeds have done stays."""
     script = importlib.import_module(name)
@@ -295,7 +288,7 @@ def test_a_seed_that_cannot_begin_costs_nothing(name, tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "half").iterdir()} == {"config.json", "seed0.jsonl", "seed0-stage.pt"}
 
 
-@second
+@every
 def test_replot_draws_the_same_figure(name, tmp_path, finished):
     """In a process of its own: other tests change matplotlib's settings in this one."""
     shutil.copytree(finished(name), tmp_path / "run")
@@ -306,7 +299,7 @@ def test_replot_draws_the_same_figure(name, tmp_path, finished):
     assert same
 
 
-@second
+@every
 def test_interval_is_students(name):
     import scipy.stats
     interval = importlib.import_module(name).interval
@@ -327,7 +320,7 @@ def pages():
 
 def test_readme_shows_every_script_and_its_results():
     readme = pages()[ROOT / "README.md"]
-    for name in SCRIPTS + FIRST:
+    for name in SCRIPTS:
         assert f"results/{name}/figure.png" in readme
         for file in ("figure.png", "summary.json"):
             assert (ROOT / "results" / name / file).exists()
@@ -339,7 +332,7 @@ def test_readme_shows_every_script_and_its_results():
     assert readme.count("\n") <= 170
 
 
-@second
+@every
 def test_the_published_run_is_of_this_script(name):
     script = importlib.import_module(name)
     for folder in (ROOT / "results").glob(f"{name}*"):
@@ -348,7 +341,7 @@ def test_the_published_run_is_of_this_script(name):
         assert f"{name}.py" in summary["command"]
 
 
-@second
+@every
 def test_numbers_of_readme_and_docstring_are_those_of_the_summaries(name):
     """Each `mean [low, high]` stands, rounded, in a summary of this script; the docstring has three at least."""
     rows = [row for folder in (ROOT / "results").glob(f"{name}*")
