@@ -40,9 +40,9 @@ RESULT (seeds 0-4, mean [95 % t interval], 2.7 minutes a seed on one core; `pape
 
 DIFFERS
   1. Tasks are ours, none ends early: d is 0. quick: small, gamma 0.9, larger rates, a warm-up.
-  2. Not in paper: inner gradients are clipped as the real ones; L is blind to the sign of (a, pi);
-     last layers start at a tenth; lambda_4 falls to a tenth; alpha is averaged; agents are born
-     again, for those that have converged teach no more. [code] mixes DDPG's loss in at first.
+     [code] starts with 10,000 random steps, Glorot's weights, DDPG's loss mixed in: not here.
+  2. Not in `paper`: inner gradients clipped as the real ones; L blind to the sign of (a, pi); last
+     layers from a tenth, lambda_4 to a tenth; alpha averaged; agents, once converged, born again.
   3. "reinforce" learns from replay without importance weights [code]; advantages are standardised,
      V is a constant. Left out: EPG, RL^2, PPO. --compile does nothing here.
 
@@ -101,7 +101,7 @@ class Config:
     objective_rate: float = 1e-2     # lambda_4, Adam [code: 1e-3]
     aids: bool = True                # what a small population needs, see DIFFERS [code: no]
     width: int = 16                  # units in L [code: 32]
-    layers: int = 1                  # hidden layers in L; over actions twice, less 1 [code: 2]
+    layers: int = 1                  # hidden layers in L, over actions 2 layers - 1 [code: 2, 3]
     seed: int = 0                    # first seed
     num_seeds: int = 1               # seeds, one after the other: seed, seed + 1, ...
     log_every: int = 20              # iterations between logs
@@ -138,7 +138,7 @@ class Pendulum:
     S, A = 3, 1
 
     def reset(self, *shape, device):
-        limits = torch.tensor([math.pi, 1.0], device=device)
+        limits = torch.tensor([math.pi, 1.0], device=device)  # of the first angle and rate
         return (2 * torch.rand(*shape, 2, device=device) - 1) * limits
 
     def see(self, state):
@@ -147,10 +147,10 @@ class Pendulum:
 
     def step(self, state, action):
         angle, rate = state.unbind(-1)
-        u = 8 * action[..., 0]
-        away = torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
+        u = 8 * action[..., 0]                               # torque, in Gymnasium 2 at most
+        away = torch.remainder(angle + math.pi, 2 * math.pi) - math.pi   # from upright
         reward = -0.2 * (away**2 + 0.1 * rate**2 + 0.001 * u**2)
-        rate = (rate + 0.05 * (15 * angle.sin() + 3 * u)).clamp(-8, 8)
+        rate = (rate + 0.05 * (15 * angle.sin() + 3 * u)).clamp(-8, 8)   # gravity and motor
         return torch.stack([angle + 0.05 * rate, rate], -1), reward
 
 
@@ -176,7 +176,7 @@ class Servo:
 
     def step(self, state, action):
         p, v = state.unbind(-1)
-        v = v + 0.2 * (4 * action[..., 0] - 3 * v)
+        v = v + 0.2 * (4 * action[..., 0] - 3 * v)           # motor and friction
         p = p + 0.2 * v
         v, p = torch.where(p.abs() > 1.5, 0, v), p.clamp(-1.5, 1.5)
         return torch.stack([p, v], -1), -p.abs()
@@ -194,7 +194,7 @@ class Reacher:
 
     def apart(self, state):
         """From the tip to the goal."""
-        links = state[..., :3]
+        links = state[..., :3]                               # (*shape, 3)
         return state[..., 3:] - torch.stack([links.cos().mean(-1), links.sin().mean(-1)], -1)
 
     def see(self, state):
@@ -246,7 +246,7 @@ class Objective(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         w, self.symmetric = cfg.width, cfg.aids
-        self.action = nn.Sequential(*hidden_layers(2, w, 2 * cfg.layers - 1))
+        self.action = nn.Sequential(*hidden_layers(2, w, 2 * cfg.layers - 1))    # of (a, pi)
         self.other = nn.Sequential(*hidden_layers(4, w, cfg.layers, norm=False), nn.Linear(w, 8))
         self.gates, self.recurrent = nn.Linear(w + 8, 4 * w), nn.Linear(w, 4 * w, bias=False)
         self.out = nn.Sequential(*hidden_layers(w, w, cfg.layers), nn.Linear(w, 1))
@@ -255,7 +255,7 @@ class Objective(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-        self.out[-1].weight.data *= 0.1 if cfg.aids else 1
+        self.out[-1].weight.data *= 0.1 if cfg.aids else 1   # see DIFFERS 2
 
     def forward(self, pi, a, r, d, V):
         """pi: the only way to phi;  V (B, T + 1): detached, else L could become DDPG."""
@@ -274,10 +274,10 @@ class Objective(nn.Module):
         outputs = []
         for t in reversed(range(r.shape[1])):
             i, f, o, g = (x[:, t] + self.recurrent(h)).chunk(4, -1)
-            c = (f + 1).sigmoid() * c + i.sigmoid() * g.tanh()
+            c = (f + 1).sigmoid() * c + i.sigmoid() * g.tanh()  # + 1: it remembers at first
             h = o.sigmoid() * c.tanh()
-            outputs.append(h)
-        l = self.out(torch.stack(outputs[::-1], 1))[..., 0]
+            outputs.append(h)                                # (B, w)
+        l = self.out(torch.stack(outputs[::-1], 1))[..., 0]  # (B, T)
         return 1000 * (l / 1000).tanh()
 
 
@@ -308,7 +308,7 @@ class Agent:
     def critic_loss(self, theta, theta_target, phi_target, noise, batch):
         """Eq. 1 as TD3: two critics, theta (2, ..), the smaller target, a noisy target action."""
         s, a, r, d = batch
-        twins = vmap(self.Q, (0, None, None))
+        twins = vmap(self.Q, (0, None, None))                # both critics: (2, B, T)
         after = self.pi(phi_target, s[:, 1:]) + (0.2 * noise).clamp(-0.5, 0.5)         # [code]
         y = r + self.cfg.gamma * (1 - d) * twins(theta_target, s[:, 1:], after.clamp(-1, 1)).amin(0)
         return (twins(theta, s[:, :-1], a) - y).square().mean((1, 2)).sum()
@@ -333,8 +333,8 @@ def advantages(r, d, V, gamma, lam=0.97):
     A_t = r_t + g V_(t+1) - V_t + g lambda A_(t+1),  g = gamma (1 - d_t)"""
     A, out = torch.zeros_like(r[:, 0]), []
     for t in reversed(range(r.shape[1])):
-        go_on = gamma * (1 - d[:, t])
-        A = r[:, t] + go_on * V[:, t + 1] - V[:, t] + go_on * lam * A
+        go_on = gamma * (1 - d[:, t])                        # g
+        A = r[:, t] + go_on * V[:, t + 1] - V[:, t] + go_on * lam * A    # (B,)
         out.append(A)
     return torch.stack(out[::-1], 1)
 
@@ -356,9 +356,9 @@ def meta_gradient(agent, alpha, phi, theta, batch, cfg):
 
     batch: 2 B sequences; the inner step learns from the first half, all of them judge [code]. Twice
     as fast with autograd.grad outside of vmap as with torch.func.grad within."""
-    n = len(batch.reward)
+    n = len(batch.reward)                                    # agents
     alpha = {k: w.detach().expand(n, *w.shape).clone().requires_grad_() for k, w in alpha.items()}
-    half = Batch(*(x[:, :cfg.sequences] for x in batch))
+    half = Batch(*(x[:, :cfg.sequences] for x in batch))     # (n, B, ..)
     losses = vmap(lambda *x: agent.policy_loss(*x, "L"))(phi, theta, alpha, half)
     g = gradient(losses, phi, create_graph=True)
     g = vmap(clip)(g) if cfg.aids else g
@@ -385,12 +385,12 @@ class Population:
         self.cfg, self.env, self.device = cfg, TASKS[task](), device
         self.agent, self.age, self.replay = Agent(self.env, objective, cfg), 0, None
         S, A, n = self.env.S, self.env.A, cfg.agents
-        policies = [mlp(S, cfg.hidden, A).to(device) for _ in range(n)]
+        policies = [mlp(S, cfg.hidden, A).to(device) for _ in range(n)]  # one an agent
         for policy in policies if cfg.aids else ():
             policy[-1].weight.data *= 0.1
-        critics = [mlp(S + A, cfg.hidden, 1).to(device) for _ in range(2 * n)]
+        critics = [mlp(S + A, cfg.hidden, 1).to(device) for _ in range(2 * n)]   # twins
         self.phi, _ = stack_module_state(policies)
-        theta, _ = stack_module_state(critics)
+        theta, _ = stack_module_state(critics)               # (2 n, ..)
         self.theta = {k: w.detach().unflatten(0, (n, 2)).requires_grad_() for k, w in theta.items()}
         self.phi_target, self.theta_target = ({k: w.detach().clone() for k, w in weights.items()}
                                               for weights in (self.phi, self.theta))
@@ -400,15 +400,15 @@ class Population:
     @torch.no_grad()
     def play(self, copies, noise=0.0, at_random=False):
         """An episode in each of E copies -> Batch (n, E, horizon, ..)."""
-        state, steps = self.env.reset(self.cfg.agents, copies, device=self.device), []
+        state, steps = self.env.reset(self.cfg.agents, copies, device=self.device), []  # (n, E, ..)
         obs = [self.env.see(state)]
         for _ in range(self.cfg.horizon):
-            a = vmap(self.agent.pi)(self.phi, obs[-1])
+            a = vmap(self.agent.pi)(self.phi, obs[-1])       # (n, E, A)
             a = 2 * torch.rand_like(a) - 1 if at_random else a + noise * torch.randn_like(a)
             a = a.clamp(-1, 1)
             state, r = self.env.step(state, a)
             obs.append(self.env.see(state))
-            steps.append((a, r, torch.zeros_like(r)))
+            steps.append((a, r, torch.zeros_like(r)))        # no end
         return Batch(torch.stack(obs, 2), *(torch.stack(x, 2) for x in zip(*steps)))
 
     def evaluate(self, episodes=32):
@@ -431,21 +431,21 @@ class Population:
         """An iteration. alpha: weights of L; alpha_axis 0: of each agent's own."""
         cfg, agent = self.cfg, self.agent
         # COLLECT
-        if self.age % cfg.horizon == 0:
+        if self.age % cfg.horizon == 0:                      # as many episodes as fit
             new = self.play(cfg.copies, cfg.noise, at_random=self.age == 0)
             old = self.replay or Batch(*(x[:, :0] for x in new))
             self.replay = Batch(*(torch.cat(pair, 1) for pair in zip(old, new)))
         # INNER UPDATE: the critics, eq. 1
-        batch = self.sample(cfg.sequences)
+        batch = self.sample(cfg.sequences)                   # (n, B, ..)
         losses = vmap(agent.critic_loss)(self.theta, self.theta_target, self.phi_target,
                                          torch.randn_like(batch.action), batch)
-        descend(self.adam_theta, self.theta, gradient(losses, self.theta))
+        descend(self.adam_theta, self.theta, gradient(losses, self.theta))   # lambda_1
         # INNER UPDATE: the policies, eq. 2
         if self.age % 2 == 0:
             if self.age >= cfg.warmup:
                 loss = vmap(lambda *x: agent.policy_loss(*x, rule), (0, 0, alpha_axis, 0))
                 losses = loss(self.phi, self.theta, alpha, self.sample(cfg.sequences))
-                descend(self.adam_phi, self.phi, vmap(clip)(gradient(losses, self.phi)))
+                descend(self.adam_phi, self.phi, vmap(clip)(gradient(losses, self.phi)))  # lambda_2
             for weights, targets in ((self.phi, self.phi_target), (self.theta, self.theta_target)):
                 for name, w in weights.items():
                     targets[name].lerp_(w.detach(), cfg.polyak)
@@ -486,7 +486,7 @@ def train(cfg, run):
                                                  x.sample(2 * cfg.sequences), cfg))
                         for x in born.values()]
                 descend(adam, alpha, {k: torch.cat([g[k] for g in each]).mean(0) for k in alpha})
-                decay.step()
+                decay.step()                                 # of lambda_4
                 average.update_parameters(objective)
             # LOG
             if (age + 1) % cfg.log_every == 0 or age + 1 == cfg.life:
@@ -539,7 +539,7 @@ def push(objective, T):
     a, V, zero = torch.zeros(80, T, 1), torch.zeros(80, T + 1), torch.zeros(80, T)
     a[:, middle, 0] = x.repeat(2)
     V[:40, middle + 1:], V[40:, middle + 1:] = 1, -1
-    pi = torch.zeros_like(a, requires_grad=True)
+    pi = torch.zeros_like(a, requires_grad=True)             # the policy says 0
     l = copy.deepcopy(objective).cpu()(pi, a, zero, zero, V)
     g = -torch.autograd.grad(l.sum(), pi)[0][:, middle, 0]
     return [x.tolist(), *(g / g.abs().max()).view(2, 40).tolist()]

@@ -129,11 +129,11 @@ class Reach:
     observations, actions, limit, horizon = 4, 4, 1.0, 40
 
     def reset(self, n, copies, device):
-        ways = 2 * torch.rand(n, 16, device=device) - 1
+        ways = 2 * torch.rand(n, 16, device=device) - 1      # to four targets
         return torch.cat([ways[:, :4], ways], 1).repeat(copies, 1)
 
     def step(self, state, action, t):
-        left, ways = state[:, :4] - 0.2 * action, state[:, 4:].split(4, 1)
+        left, ways = state[:, :4] - 0.2 * action, state[:, 4:].split(4, 1)   # (rows, 4) each
         reward = torch.zeros_like(left[:, 0])
         if t % 10 == 9:                                      # this target's time is over
             reward = 25 * (1 - left.norm(dim=1) / ways[t // 10].norm(dim=1)).clamp(min=-1)
@@ -146,15 +146,15 @@ class MountainCar:
     observations, actions, limit, horizon = 2, 1, 1.0, 999
 
     def reset(self, n, copies, device):
-        position = -0.6 + 0.2 * torch.rand(n, 1, device=device)
+        position = -0.6 + 0.2 * torch.rand(n, 1, device=device)  # in the valley, at rest
         return torch.cat([position, torch.zeros_like(position)], 1).repeat(copies, 1)
 
     def step(self, state, action, t):
         (p, v), a = state.unbind(1), action[:, 0]
         v = (v + 0.0015 * a - 0.0025 * (3 * p).cos()).clamp(-0.07, 0.07)
         p = (p + v).clamp(-1.2, 0.6)
-        v = torch.where((p == -1.2) & (v < 0), 0, v)
-        over = (p >= 0.45) & (v >= 0)
+        v = torch.where((p == -1.2) & (v < 0), 0, v)         # the wall on the left
+        over = (p >= 0.45) & (v >= 0)                        # on top of the hill
         return torch.stack([p, v], 1), 100 * over - 0.1 * a.square(), over
 
 
@@ -168,7 +168,7 @@ class Gym:
             env = self.make()
             space, (self.observations,) = env.action_space, env.observation_space.shape
             (self.actions,), self.limit = space.shape, float(space.high[0])
-            assert {*space.high} == {*-space.low} == {self.limit}, "unequal limits of actions"
+            assert {*space.high} == {*-space.low} == {self.limit}, "limits of actions differ"
             self.simulators, self.horizon = [env], int(env.spec.max_episode_steps)
         except Exception as error:                           # gymnasium has many
             raise ValueError(f"--env {name} is no continuous environment here ({error})")
@@ -177,13 +177,13 @@ class Gym:
         seeds = torch.randint(2**31, (n,)).tolist() * copies
         self.simulators += [self.make() for _ in range(len(seeds) - len(self.simulators))]
         rows = [env.reset(seed=seed)[0] for env, seed in zip(self.simulators, seeds)]
-        self.over = [False] * len(rows)
+        self.over = [False] * len(rows)                      # of each simulator
         return torch.stack([torch.as_tensor(row) for row in rows]).float().to(device)
 
     def step(self, state, action, t):
         rows, reward = state.cpu().numpy().copy(), [0.0] * len(state)
         for i, a in enumerate(action.cpu().numpy()):
-            if not self.over[i]:
+            if not self.over[i]:                             # what is over stays as it is
                 rows[i], reward[i], self.over[i], _, _ = self.simulators[i].step(a)
         over = torch.tensor(self.over, device=state.device)
         return torch.tensor(rows, device=state.device), state.new_tensor(reward), over
@@ -237,7 +237,7 @@ class Generator(nn.Module):
     def __init__(self, sizes, hidden):
         super().__init__()
         O, H, _, A = sizes
-        shapes = (O, H, O, SLICE), (H, H, SLICE, SLICE), (H, A, SLICE, A)
+        shapes = (O, H, O, SLICE), (H, H, SLICE, SLICE), (H, A, SLICE, A)    # of layers, of slices
         self.layers = nn.ModuleList(Hypernet(*shape, hidden) for shape in shapes)
 
     def forward(self, command):
@@ -258,7 +258,7 @@ class Evaluator(nn.Module):
         self.net = mlp(n_in, cfg.hidden, 1)
 
     def forward(self, theta):
-        features = theta
+        features = theta                                     # (B, P)
         if self.fingerprint:
             states = self.states.expand(len(theta), -1, -1)                    # (B, N, O)
             features = policy_act(theta, self.sizes, states, self.limit).flatten(1)
@@ -289,7 +289,7 @@ def sample_replay(cfg, search):
     (B, P), returns (B,). The K policies of an iteration share an age, 1 for the newest."""
     iteration = torch.arange(len(search.returns), device=search.returns.device) // cfg.policies
     age = iteration[-1] + 1 - iteration
-    weights = search.known() * age ** -cfg.recency
+    weights = search.known() * age ** -cfg.recency           # 1 / age^omega
     index = torch.multinomial(weights, cfg.batch, replacement=True)
     return search.theta[index], search.returns[index]
 
@@ -336,7 +336,7 @@ class Search:
         self.theta.data = torch.cat([self.theta, theta])     # in place: checkpoints hold them
         self.returns.data = torch.cat([self.returns, returns[:, 0]])
         (n, mean, variance), m = self.moments, len(seen)     # exact moments of both sets together
-        step = seen.mean(0) - mean
+        step = seen.mean(0) - mean                           # (O,)
         spread = n * variance + m * seen.var(0, correction=0) + step.square() * n * m / (n + m)
         self.moments.copy_(torch.stack([n + m, mean + step * m / (n + m), spread / (n + m)]))
         return returns[:, 0]
@@ -377,7 +377,7 @@ def train(cfg, run, env, method):
             theta = G(command / width)
             search.add(theta + cfg.noise * torch.randn_like(theta))
         # UPDATE: the evaluator, with its probing states
-        losses = {}
+        losses = {}                                          # the last of each, for the log
         for _ in range(steps_v):
             adam_v.zero_grad()
             losses["loss_v"] = loss_v(V, *sample_replay(cfg, search))
@@ -413,9 +413,9 @@ def ars(cfg, run, env, directions=8, top=4, alpha=0.1, nu=0.3):
     M = torch.zeros((env.observations + 1) * env.actions, device=run.device)
     for _ in range(max(1, cfg.iterations * cfg.policies // (2 * directions))):
         delta = torch.randn(directions, len(M), device=run.device)
-        plus, minus = search.add(M + nu * torch.cat([delta, -delta])).chunk(2)
+        plus, minus = search.add(M + nu * torch.cat([delta, -delta])).chunk(2)   # r+, r-
         best = torch.maximum(plus, minus).topk(top).indices
-        spread = torch.cat([plus[best], minus[best]]).std().clamp(min=1e-6)
+        spread = torch.cat([plus[best], minus[best]]).std().clamp(min=1e-6)    # sigma_R
         M += alpha / (top * spread) * (plus - minus)[best] @ delta[best]
     return search, M[None]
 
@@ -426,7 +426,7 @@ def table(search, asked, fresh=0):
     theta, scores = search.theta[search.known()], search.returns[search.known()]
     if fresh:
         state = search.env.reset(fresh * len(theta), 1, theta.device)
-        scores = search.play(theta, state)[0].mean(1)
+        scores = search.play(theta, state)[0].mean(1)        # (m,)
     return search.test(theta[(scores - asked[:, None]).abs().argmin(1)])
 
 
@@ -434,7 +434,7 @@ def experiment(cfg, run):
     """Train, ask, compare -> headline, answers {name: (returns asked, achieved)}, curve."""
     width, full = cfg.highest - cfg.lowest, cfg.env == "Reach"
     asked = torch.linspace(cfg.lowest, cfg.highest, 21, device=run.device)
-    inside = torch.linspace(*BAND, 7, device=run.device)[1:-1]
+    inside = torch.linspace(*BAND, 7, device=run.device)[1:-1]  # five returns
     env = {"Reach": Reach, "MountainCar": MountainCar}.get(cfg.env, lambda: Gym(cfg.env))()
     methods = "generator", "no_fingerprint", "hindsight", "untrained", "band", "mountaincar"
     searches, curves, answers = {}, {}, {}
