@@ -431,7 +431,7 @@ class Population:
         """An iteration. alpha: weights of L; alpha_axis 0: of each agent's own."""
         cfg, agent = self.cfg, self.agent
         # COLLECT
-        if self.age % cfg.horizon == 0:                      # as many episodes as fit
+        if self.age % cfg.horizon == 0:                      # every horizon iterations
             new = self.play(cfg.copies, cfg.noise, at_random=self.age == 0)
             old = self.replay or Batch(*(x[:, :0] for x in new))
             self.replay = Batch(*(torch.cat(pair, 1) for pair in zip(old, new)))
