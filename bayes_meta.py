@@ -27,7 +27,7 @@ ALGORITHM (the three templates of [O19]; w: weights, tau_t: what was seen before
   is Thompson sampling; 3 the Bayes-optimal player, a dynamic programme over all beliefs.
   Grouped by history, loss 1 is entropy + KL(Bayes || network): only Bayes has the least.
 
-SYMBOLS
+SYMBOLS, in the code, shape or meaning
   B, N, T    batch, sequences, length    sequences a step, sequences of a test, symbols or pulls
   x          x             (B, T)        symbols: faces of a coin or die, or real numbers
   n          counts        (N, T, 2)     Bayes' state for the coin: times of each face in x_{<t}
@@ -37,14 +37,14 @@ SYMBOLS
   s, f       belief                      times that arm 0 has paid 1, and 0, then those of arm 1
   Q, V       Q, V       (T, T, T, T, 2)  exact value of each arm in each belief, of the whole game
 
-RESULT (quick: seeds 0-4, mean [95 % t interval], 2.1 minutes a seed on one core; paper: not run)
+RESULT (quick: seeds 0-4, mean [95 % t interval], 2.0 minutes a seed on one core; `paper`: not run)
   KL(Bayes || network), nats a symbol: coin 0.000035 [0.000030, 0.000039], die 0.00012, Gaussian
   0.00018; Bayes with a wrong prior .005, .009, .005. Coin at t = 20, 40, 80: .0001, .0019, .0053.
   D_s, Bayes' state from the network's 0.0004 [0.0002, 0.0006], untrained 0.011 [0.010, 0.013], but
   untrained, forget bias of 1, .00001 (tests): no sign of learning. The other way .211 at first,
-  .088 at step 100, then 0.100 [0.057, 0.144]: why it rises is open. Returns: imitation 11.923
-  [11.916, 11.930] (Thompson 11.932); actor-critic below the best 0.052 [0.046, 0.059] (greedy .066,
-  .036); one arm known 12.348 [12.343, 12.354] (best 12.384, one try 12.252, greedy 11).
+  .088 at step 100, then 0.100 [0.057, 0.144]: why it rises is open. Returns: imitation 11.926
+  [11.913, 11.939] (Thompson 11.932); actor-critic below the best 0.051 [0.045, 0.057] (greedy .066,
+  .036); one arm known 12.351 [12.343, 12.358] (best 12.384, one try 12.252, greedy 11).
 
 DIFFERS
   1. [M20] has no public code and was not read again for this: sizes and rates are ours.
@@ -184,10 +184,8 @@ KNOWN = 0.55
 
 def bandit_values(T, known, policy=None, device="cpu"):
     """Dynamic programme over all beliefs, float64 -> Q (T, T, T, T, 2), V of the whole game.
-
     Q[t, s0, f0, s1]: expected reward from a pull of each arm after t pulls and from play after it:
-    the best, or that of policy(belief, means) -> P(arm 0). f1 follows from t.
-    """
+    the best, or that of policy(belief, means) -> P(arm 0). f1 follows from t."""
     n = torch.arange(T, device=device).double()
     s0, f0, s1 = n[:, None, None], n[:, None], n
     Q, V = n.new_zeros(T, T, T, T, 2), n.new_zeros(T + 1, T + 1, T + 1)
@@ -249,7 +247,7 @@ class Recurrent(nn.Module):
 
 
 def shifted(encoded):
-    """(B, T, D) -> one step later, zeros first: at t, only what was before t has been read."""
+    """(B, T, inputs) -> one step later, zeros first: at t, only what was before t has been read."""
     return F.pad(encoded, (0, 0, 1, 0))[:, :-1]
 
 
@@ -299,10 +297,8 @@ def imitation_loss(model, actions, rewards, best):
 
 def actor_critic_loss(model, actions, rewards, entropy_weight):
     """3: 1/(BT) sum_{b,t} -log pi(a_t | tau_t) A_t + 1/2 ((v_t - R_t) / 5)^2 - c H(pi)
-
     v_t guesses r_t + .. + r_T; delta_t = r_t + v_{t+1} - v_t; A_t = sum_k 0.9^k delta_{t+k}, in the
-    loss standardised over the batch; R_t = A_t + v_t. Neither A_t nor R_t carries gradient.
-    """
+    loss standardised over the batch; R_t = A_t + v_t. Neither A_t nor R_t carries gradient."""
     output = model(shifted(encode_pulls(actions, rewards)))[0]                 # (B, T, 3)
     pi = D.Categorical(logits=output[..., :2], validate_args=False)
     value = 5 * output[..., 2]
@@ -368,7 +364,8 @@ def train_player(cfg, run, stage, steps, known, Q):
         return loss_function(model, actions, rewards, more)
 
     def probe():
-        _, *episodes = play(model, cfg.sequences, cfg.pulls, known, run.device)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):  # logs change nothing
+            _, *episodes = play(model, cfg.sequences, cfg.pulls, known, run.device)
         return {"lost": return_lost(*episodes, Q)}
     return model, train(cfg, run, stage, model, steps, cfg.play_rate, loss_of, probe)
 
@@ -423,7 +420,7 @@ def exact_returns(T, known, device):
 
 
 def experiment(cfg, run):
-    """Train predictors and players of one seed, measure each against Bayes -> {"headline": ..}."""
+    """Predictors and players of one seed beside Bayes -> {"headline": {name: number}, ..}."""
     if run.device.type == "mps":
         raise ValueError("--device mps has no float64 for the exact solutions; use --device cpu")
     head, families, players = {}, {}, {}
@@ -453,49 +450,48 @@ def experiment(cfg, run):
         _, history = train_player(cfg, run, stage, steps, known, Q)
         players[stage] = {"history": history, "exact": exact_returns(cfg.pulls, known, run.device)}
     lost = {stage: player["history"][-1]["lost"] for stage, player in players.items()}
-    head["thompson_return"] = players["imitation"]["exact"]["best"] - lost["imitation"]
-    head["bandit_gap_sampled"] = lost["bandit"]
-    head["known_arm_return_sampled"] = players["known_arm"]["exact"]["best"] - lost["known_arm"]
+    head["imitation_return"] = players["imitation"]["exact"]["best"] - lost["imitation"]
+    head["bandit_return_lost"] = lost["bandit"]
+    head["known_arm_return"] = players["known_arm"]["exact"]["best"] - lost["known_arm"]
     return {"headline": head, "families": families, "players": players}
 
 
-BESIDE = {"thompson_return": "11.932 in 20 pulls", "known_arm_return_sampled": "best 12.384 in 20"}
+BESIDE = {"imitation_return": "Thompson 11.932 (20 pulls)", "known_arm_return": "best 12.384 (20)"}
 
 # ---- 7. FIGURE ---------------------------------------------------------------------------------
 
-COLOURS = {"coin": "#0072B2", "die": "#009E73", "gaussian": "#CC79A7", "actor-critic": "#D55E00",
-           "imitation": "#E69F00", "state of Bayes": "#56B4E9", "network's": "#8B5A2B"}
+COLOURS = {"coin": "#0072B2", "die": "#009E73", "gaussian": "#CC79A7", "actor-critic": "#0072B2",
+           "imitation": "#009E73", "state of Bayes": "#56B4E9", "network's": "#8B5A2B"}
 
 
-def lines(axis, histories, key, name, label, style="-"):
-    """A thin line a seed, and their thick mean, of `key` over steps, in the colour of `name`."""
-    steps = [row["step"] for row in histories[0]]
-    curves = torch.tensor([[row[key] for row in history] for history in histories])
-    axis.plot(steps, curves.T.tolist(), style, color=COLOURS[name], lw=0.6, alpha=0.5)
-    axis.plot(steps, curves.mean(0).tolist(), style, color=COLOURS[name], lw=2, label=label)
+def lines(axis, x, curves, colour, label, style="-"):
+    """curves (seeds, points): a thin line a seed, and their thick mean."""
+    axis.plot(x, torch.tensor(curves).T.tolist(), style, color=colour, lw=0.6, alpha=0.5)
+    axis.plot(x, torch.tensor(curves).mean(0).tolist(), style, color=colour, lw=2, label=label)
 
 
 def plot(summary, path):
     """Four panels from the summary alone."""
     from matplotlib.figure import Figure                     # no pyplot: no backend, no state
-    figure = Figure((13, 9), layout="constrained")
+    figure, seeds = Figure((12, 8.4), layout="constrained"), summary["per_seed"]
     a, b, c, d = figure.subplots(2, 2).flat
-    seeds = summary["per_seed"]
+
+    def draw(axis, group, member, key, name, label, style="-"):
+        histories = [seed[group][member]["history"] for seed in seeds]
+        curves = [[row[key] for row in history] for history in histories]
+        lines(axis, [row["step"] for row in histories[0]], curves, COLOURS[name], label, style)
     for name, family in seeds[0]["families"].items():
-        histories = [seed["families"][name]["history"] for seed in seeds]
-        lines(a, histories, "kl", name, name)
+        draw(a, "families", name, "kl", name, name)
         for (other, kl), style in zip(family["others"].items(), ("--", ":")):
             a.axhline(kl, color=COLOURS[name], ls=style, lw=1, label=f"{name}: {other}")
         for way, clock, state in (("network_to_bayes", "clock_to_bayes", "state of Bayes"),
                                   ("bayes_to_network", "clock_to_network", "network's")):
             if name == "coin":
-                lines(b, histories, way, state, f"{state}, from the other")
-                lines(b, histories, clock, state, f"{state}, from the step alone", "--")
-    histories = [seed["players"]["imitation"]["history"] for seed in seeds]
-    lines(c, histories, "lost", "imitation", "imitation")
+                draw(b, "families", name, way, state, f"{state}, from the other")
+                draw(b, "families", name, clock, state, f"{state}, from the step alone", "--")
+    draw(c, "players", "imitation", "lost", "imitation", "imitation")
     for axis, stage in ((c, "bandit"), (d, "known_arm")):
-        histories = [seed["players"][stage]["history"] for seed in seeds]
-        lines(axis, histories, "lost", "actor-critic", "actor-critic")
+        draw(axis, "players", stage, "lost", "actor-critic", "actor-critic")
         returns = seeds[0]["players"][stage]["exact"]
         for rule, style in zip(list(returns)[1:], ("-", ":", "-.", "--")):
             axis.axhline(returns["best"] - returns[rule], color="k", ls=style, lw=1, label=rule)
@@ -513,17 +509,18 @@ def plot(summary, path):
 
 
 # ---- 8. RUN ------------------------------------------------------------------------------------
-# Command line, seeds, checkpoints, summary: the same text in every script. It uses Config (with
-# seed, num_seeds, log_every, save_every), PRESETS, plot(summary, path), BESIDE {name: text} and
-# experiment(cfg, run) -> {"headline": {name: number}, ..}.
+# Command line, seeds, checkpoints, summary: the same text in every script. It uses Config (int,
+# float, bool and str fields; seed, num_seeds, log_every, save_every among them), PRESETS, BESIDE
+# {name: text}, plot(summary, path), experiment(cfg, run) -> {"headline": {name: number}, ..}.
 
 
 class Run:
     """One seed, as `experiment` sees it: the device, steps that are saved, a log."""
 
-    def __init__(self, cfg, seed, folder, device, compiled):
+    def __init__(self, cfg, seed, folder, device, compiled=None):
         self.seed, self.folder, self.save_every = seed, folder, cfg.save_every
         self.device, self.rows, self.stage, self.start = device, [], None, time.time()
+        compiled = device.type == "cuda" if compiled is None else compiled
         self.compile = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
         self.random = [torch] + [getattr(torch, device.type)] * (device.type != "cpu")
         torch.manual_seed(seed)
@@ -532,7 +529,7 @@ class Run:
         """Yield the numbers of the steps still to do, and save after each `save_every` of them.
 
         stage: a name of its own. state: all modules, optimisers and tensors that a step changes.
-        A run that goes on starts at the top, and each stage gets back what its own file holds.
+        A run that goes on starts at the top; each stage gets back what its file has: one Config.
         """
         file, first, self.stage = self.folder / f"seed{self.seed}-{stage}.pt", 0, stage
         if file.exists():
@@ -540,8 +537,8 @@ class Run:
                 saved = torch.load(file, self.device, weights_only=True)
             except Exception as error:                       # a damaged file raises almost any
                 sys.exit(f"{file} is damaged; without it, its stage starts anew ({error})")
-            first, self.rows = saved["step"], saved["rows"]
-            self.start = time.time() - saved["seconds"]
+            first, self.rows = saved["step"], saved["rows"]  # the log as it was then
+            self.start = time.time() - saved["seconds"]      # the pause does not count
             for name, x in state.items():
                 if hasattr(x, "load_state_dict"):
                     x.load_state_dict(saved["state"][name])
@@ -550,7 +547,7 @@ class Run:
             for module, numbers in zip(self.random, saved["random"]):
                 module.set_rng_state(numbers.cpu())
         self.bar = tqdm(range(first, total), f"seed {self.seed} {stage}", total, initial=first,
-                        disable=not sys.stderr.isatty())
+                        disable=not sys.stderr.isatty())     # a file gets lines instead
         for self.step in self.bar:
             yield self.step
             if (self.step + 1) % self.save_every == 0 or self.step + 1 == total:
@@ -580,18 +577,16 @@ def parse(argv):
     """Command line -> (Config, other options): a preset first, explicit options on top."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.error = lambda text: sys.exit(f"{parser.prog}: error: {text}")
+    parser.error = lambda text: sys.exit(f"{parser.prog}: error: {text}")      # one line
     add, switch, folder = parser.add_argument, argparse.BooleanOptionalAction, pathlib.Path
-    there = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    there = [kind for kind in ("cuda", "cpu", "mps") if getattr(torch, kind).is_available()]
     add("--preset", choices=PRESETS, default="quick", help="defaults of the options below")
     add("--device", choices=there, default=there[0], help="where to compute [the first]")
     add("--compile", action=switch, help="torch.compile the hot functions [on CUDA]")
     add("--out", type=folder, metavar="FOLDER", help="of the run [a new one in runs/]")
     add("--resume", type=folder, metavar="FOLDER", help="go on with the run in this folder")
     add("--replot", type=folder, metavar="FOLDER", help="draw the figure of this run again")
-    for name, default in asdict(Config()).items():
-        if type(default) not in (int, float, bool, str):
-            parser.error(f"the default of Config.{name} must be an int, float, bool or str")
+    for name, default in asdict(Config()).items():           # each field is an option
         values = "".join(f"; {key} {own[name]}" for key, own in PRESETS.items() if name in own)
         kind = {"action": switch} if type(default) is bool else {"type": type(default)}
         add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
@@ -599,21 +594,34 @@ def parse(argv):
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", pathlib.Path(__file__).name, *argv])
-    if (args.resume or args.replot) and len(argv) > 2:
+    if (args.resume or args.replot) and sum(word.startswith("-") for word in argv) > 1:
         parser.error("--resume and --replot take all settings from their folder")
     own = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
     try:
         if args.replot:
-            json.loads((args.replot / "summary.json").read_text())
+            json.loads((args.replot / "summary.json").read_text())             # is it there?
         if args.resume:
             saved = json.loads((args.resume / "config.json").read_text())
             own, args = saved.pop("config"), argparse.Namespace(**{**vars(args), **saved})
-        cfg = Config(**{**PRESETS[args.preset], **own})
+        cfg = Config(**{**PRESETS[args.preset], **own})      # its own checks
     except (OSError, ValueError, TypeError, KeyError) as error:
         parser.error(error)
     if min(cfg.num_seeds, cfg.log_every, cfg.save_every) < 1:
         parser.error("--num-seeds, --log-every and --save-every must be at least 1")
     return cfg, args
+
+
+def new_folder(name, cfg, args):
+    """Make the folder of a new run, with its configuration: nothing is ever overwritten."""
+    new = (pathlib.Path("runs", name, f"{args.preset}-{n}") for n in range(1, 10**9))
+    folder = args.out or next(path for path in new if not path.exists())
+    try:
+        folder.mkdir(parents=True)                           # only one run can make it
+        saved = {key: vars(args)[key] for key in ("preset", "command", "device", "compile")}
+        (folder / "config.json").write_text(json.dumps(saved | {"config": asdict(cfg)}))
+    except OSError as error:
+        sys.exit(f"{error}; a run that is there goes on with --resume")
+    return folder
 
 
 def interval(values):
@@ -640,25 +648,17 @@ def main(argv=None):
     cfg, args = parse(argv)
     if args.replot:
         return show(args.replot)
-    name, device, folder = pathlib.Path(__file__).stem, torch.device(args.device), args.resume
+    name, device = pathlib.Path(__file__).stem, torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
         torch.set_float32_matmul_precision("high")                             # TF32
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    rank, world = 0, 1
+    rank, world = 0, 1                                       # which process, of how many
     if torch.distributed.is_torchelastic_launched():         # torchrun keeps a store of keys
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = torch.distributed.TCPStore(*address, timeout=datetime.timedelta(days=30))
-    if rank == 0 and not folder:
-        new = (pathlib.Path("runs", name, f"{args.preset}-{n}") for n in range(1, 10**9))
-        folder = args.out or next(path for path in new if not path.exists())
-        try:
-            folder.mkdir(parents=True)                       # only one run can make it
-            saved = {key: vars(args)[key] for key in ("preset", "command", "device", "compile")}
-            (folder / "config.json").write_text(json.dumps(saved | {"config": asdict(cfg)}))
-        except OSError as error:
-            sys.exit(f"{error}; a run that is there goes on with --resume")
+    if rank == 0:
+        folder = args.resume or new_folder(name, cfg, args)
     if world > 1:
         if rank == 0:
             store.set("folder", str(folder))
@@ -666,9 +666,9 @@ def main(argv=None):
     print(f"{name} {args.preset} on {device}, torch {torch.__version__}, into {folder}")
     seeds, results, run = list(range(cfg.seed, cfg.seed + cfg.num_seeds)), {}, None
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            for seed in seeds[rank::world]:
-                run = Run(cfg, seed, folder, device, compiled)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):          # the caller's go on
+            for seed in seeds[rank::world]:                  # the share of this process
+                run = Run(cfg, seed, folder, device, args.compile)
                 results[seed] = experiment(cfg, run) | {"minutes": (time.time() - run.start) / 60}
     except KeyboardInterrupt:
         sys.exit(f"stopped; --resume {folder} goes on from the last checkpoint")
@@ -679,12 +679,12 @@ def main(argv=None):
             (folder / "config.json").unlink()
             folder.rmdir()
         sys.exit(f"{name}: error: {error}")
-    for seed in results if world > 1 else ():
-        store.set(f"seed{seed}", json.dumps(results[seed]))
+    if world > 1:                                            # the first process gathers all
+        for seed in results:
+            store.set(f"seed{seed}", json.dumps(results[seed]))
+        results = {seed: json.loads(store.get(f"seed{seed}")) for seed in seeds if rank == 0}
     if rank == 0:
-        if world > 1:
-            results = {seed: json.loads(store.get(f"seed{seed}")) for seed in seeds}
-        heads = [results[s]["headline"] for s in seeds]
+        heads = [results[s]["headline"] for s in seeds]      # {name: number} each
         (folder / "summary.json").write_text(json.dumps({
             "headline": {key: interval([head[key] for head in heads]) for key in heads[0]},
             "seeds": seeds, "per_seed": [results[s] for s in seeds], "config": asdict(cfg),

@@ -20,29 +20,29 @@ ALGORITHM
   for each life of a population: new agents; then at each iteration, for every agent
     now and then: an episode with pi_phi(s) + noise, the first at random; store (s, a, r, d)
     (1) theta <- Adam(theta, gradient of (Q_theta(s, a) - y)^2),  y: TD3's target, twin critics
-    every second time, after a warm-up, on sequences tau of T steps, each line on new ones
+    every second time, after a warm-up; (2) and (3) draw sequences tau of T steps anew
     (2) phi   <- Adam(phi, clipped gradient of mean L_alpha(tau, pi_phi(s), V)),  V = Q(s, pi(s))
-    (3) phi'   = phi - lambda_3 clipped grad_phi mean L_alpha(tau, ..) on B of 2 B   (thrown away)
-        alpha <- Adam(alpha, mean over agents of clipped grad_alpha of -mean Q(s, pi_phi'(s)))  (4)
+    (3) phi'   = phi - lambda_3 clipped grad_phi mean L_alpha(tau, ..), a trial step on B of 2 B
+    (4) alpha <- Adam(alpha, mean over agents of clipped grad_alpha -J),  J = mean Q(s, pi_phi'(s))
   Meta-test: alpha frozen, new agents; critics learn by (1), only to give V, policies by (2) alone.
 
-SYMBOLS, in the code, shape
+SYMBOLS, in the code, shape or meaning
   n, E                           agents of an environment (vmap's axis), episodes side by side
   B, T, S, A                     sequences of a minibatch, their steps; sizes of states and actions
   phi, theta, alpha   the same   weights {name: w}: of policies (n, ..), critics (n, 2, ..), L (..)
   pi, a       (B, T, A)          the policy's actions at replayed states, the actions taken there
-  s, r, d, V                     states, rewards, ends; values Q(s, pi(s)), constants for L
+  s, r, d, V  (B, T), V T + 1    states (.., S), rewards, ends; values Q(s, pi(s)), constants for L
 
-RESULT (seeds 0-4, mean [95 % t interval], 2.7 minutes a seed on one core; `paper`: not run)
-  Score (untrained L 0, DDPG 1): seen 0.997 [0.989, 1.005], unseen 1.096 [0.797, 1.395], -L -0.99,
-  without values (pendulum) 0.03, "reinforce" 1.12: as good. L beats an untrained one in 80 of 80
-  pairs. Cosine of gradients, L's and "reinforce", smallest of four tasks: 0.497 [0.442, 0.553].
+RESULT (quick: seeds 0-4, mean [95 % t interval], 2.7 minutes a seed on one core; `paper`: not run)
+  Score (untrained L 0, DDPG 1): seen 0.997 [0.989, 1.005], unseen 1.096 [0.797, 1.395], noisy in
+  reacher; all four 1.05, "reinforce" 1.12, -L -0.99; L told V = 0, in pendulum, 0.03. L beats an
+  untrained one in 80 of 80 agents. Cosine with "reinforce", least of tasks 0.497 [0.442, 0.553].
 
 DIFFERS
   1. Tasks are ours, none ends early: d is 0. quick: small, gamma 0.9, larger rates, a warm-up.
      [code] starts with 10,000 random steps, Glorot's weights, DDPG's loss mixed in: not here.
-  2. Not in `paper`: inner gradients clipped as the real ones; L blind to the sign of (a, pi); last
-     layers from a tenth, lambda_4 to a tenth; alpha averaged; agents, once converged, born again.
+  2. Aids of quick, which `paper` does without: the trial step clipped, too; L made even in (a, pi);
+     last layers start, lambda_4 ends at a tenth; alpha averaged; new agents every 440 iterations.
   3. "reinforce" learns from replay without importance weights [code]; advantages are standardised,
      V is a constant. Left out: EPG, RL^2, PPO. --compile does nothing here.
 
@@ -89,7 +89,7 @@ class Config:
     life: int = 440                  # iterations of a population [code: 700,000]
     test_life: int = 320             # iterations of a meta-test
     warmup: int = 80                 # first iterations of a life: critics only [code: 0]
-    sequences: int = 16              # of an agent's minibatch, B [code: 100]
+    batch: int = 16                  # sequences of an agent's minibatch, B [code: 100]
     length: int = 6                  # of a sequence, T [code: 20]
     gamma: float = 0.9               # discount [code: 0.99]
     noise: float = 0.5               # of exploration [code: 0.1]
@@ -110,9 +110,10 @@ class Config:
     def __post_init__(self):
         if not set(self.train.split(",")) < set(TASKS):
             raise ValueError(f"--train must be some of {','.join(TASKS)}, not {self.train}")
-        if min(self.agents, self.copies, self.sequences, self.hidden, self.layers, self.width - 1,
-               self.length, self.horizon - self.length + 1, self.life - self.warmup) < 1:
-            raise ValueError("sizes must be at least 1, --horizon --length, --life over --warmup")
+        if min(self.agents, self.copies, self.batch, self.hidden, self.layers, self.lives,
+               self.length, self.width - 1, self.horizon - self.length + 1,
+               self.life - self.warmup) < 1:
+            raise ValueError("sizes at least 1, --width 2, --horizon --length, --life > --warmup")
         if self.test_life % max(1, self.log_every) or self.test_life < self.warmup + 20:
             raise ValueError("--test-life: a multiple of --log-every, at least --warmup + 20")
 
@@ -122,19 +123,19 @@ PRESETS = {
                   hidden=8, width=4),
     "quick": {},
     "paper": dict(agents=10, copies=1, horizon=1000, lives=1, life=700_000, warmup=0,
-                  test_life=700_000, sequences=100, length=20, gamma=0.99, noise=0.1, polyak=0.005,
+                  test_life=700_000, batch=100, length=20, gamma=0.99, noise=0.1, polyak=0.005,
                   hidden=350, critic_rate=1e-3, inner_rate=2.0, objective_rate=1e-3, aids=False,
                   width=32, layers=2, log_every=10_000, save_every=10_000),
 }
 
 # ---- 2. TASKS ----------------------------------------------------------------------------------
 # An environment: reset(*shape) -> state (*shape, ..); see(state) -> observation (*shape, S);
-# step(state, action in [-1, 1] (*shape, A)) -> state, reward, minus a distance. None ends early.
+# step(state, action in [-1, 1] (*shape, A)) -> state, reward, minus a cost. None ends early.
 
 
 class Pendulum:
-    """Gymnasium's Pendulum-v1 with a motor four times as strong and rewards times 0.2: learned in a
-    few hundred updates. State: angle, 0 upright, and its rate."""
+    """Gymnasium's Pendulum-v1 with a motor four times as strong, rewards times 0.2, the rate seen
+    as a quarter: learned in a few hundred updates. State: angle, 0 upright, and its rate."""
     S, A = 3, 1
 
     def reset(self, *shape, device):
@@ -183,7 +184,7 @@ class Servo:
 
 
 class Reacher:
-    """An arm of three links, of length 1, must touch a goal. State: the links' directions, goal."""
+    """An arm of three links, length 1 in all, must touch a goal. State: links' directions, goal."""
     S, A = 8, 3
 
     def reset(self, *shape, device):
@@ -265,10 +266,9 @@ class Objective(nn.Module):
         if self.symmetric:
             acts = (acts + self.action(-pairs)) / 2
         V = torch.cat([V[:, :1], V[:, 1:] * (1 - d)], 1)     # nothing is to come after an end
-        V, age = znorm(V), torch.arange(r.shape[1], device=r.device) / r.shape[1]
-        other = torch.stack([znorm(r), age.expand_as(r), V[:, 1:], V[:, :-1]], -1)     # (B, T, 4)
-        # LSTM, backwards in time: what an action led to is known where it is judged. Written out,
-        # for cuDNN's has no second derivative
+        V, clock = znorm(V), torch.arange(r.shape[1], device=r.device) / r.shape[1]    # t / T
+        other = torch.stack([znorm(r), clock.expand_as(r), V[:, 1:], V[:, :-1]], -1)   # (B, T, 4)
+        # LSTM, backwards in time: what an action led to judges it. cuDNN's has no 2nd derivative
         x = self.gates(torch.cat([acts.mean(2), self.other(other)], -1))       # (B, T, 4 w)
         h = c = torch.zeros_like(x[:, 0, :x.shape[-1] // 4])
         outputs = []
@@ -314,11 +314,11 @@ class Agent:
         return (twins(theta, s[:, :-1], a) - y).square().mean((1, 2)).sum()
 
     def policy_loss(self, phi, theta, alpha, batch, rule):
-        """rule: "ddpg", "reinforce", what people have written, or else the learned loss."""
+        """rule: "ddpg" or "reinforce", which people wrote; "no_value", L told V = 0; else L."""
         s, a, r, d = batch
         pi = self.pi(phi, s)                                 # (B, T + 1, A)
-        V = self.Q({name: w[0].detach() for name, w in theta.items()}, s, pi)  # the first critic's
-        if rule == "ddpg":                                   # by it, L is judged, too
+        V = self.Q({name: w[0].detach() for name, w in theta.items()}, s, pi)  # of one critic
+        if rule == "ddpg":                                   # -J: it judges L, too
             return -V[:, :-1].mean()
         V, pi = V.detach(), pi[:, :-1]
         if rule == "reinforce":
@@ -339,10 +339,10 @@ def advantages(r, d, V, gamma, lam=0.97):
     return torch.stack(out[::-1], 1)
 
 
-def clip(gradient):
+def clip(grads):
     """Scale one agent's gradient {name: ..} down to norm 1, differentiably."""
-    norm = (sum(g.square().sum() for g in gradient.values()) + 1e-12).sqrt()
-    return {name: g / norm.clamp(min=1) for name, g in gradient.items()}
+    norm = (sum(g.square().sum() for g in grads.values()) + 1e-12).sqrt()
+    return {name: g / norm.clamp(min=1) for name, g in grads.items()}
 
 
 def gradient(losses, weights, create_graph=False):
@@ -353,12 +353,10 @@ def gradient(losses, weights, create_graph=False):
 
 def meta_gradient(agent, alpha, phi, theta, batch, cfg):
     """Eqs. 3 and 4 of n agents -> each one's gradient of -J by its copy of alpha {name: (n, ..)}.
-
-    batch: 2 B sequences; the inner step learns from the first half, all of them judge [code]. Twice
-    as fast with autograd.grad outside of vmap as with torch.func.grad within."""
+    batch: 2 B sequences; the trial step learns from the first half, all of them judge [code]."""
     n = len(batch.reward)                                    # agents
     alpha = {k: w.detach().expand(n, *w.shape).clone().requires_grad_() for k, w in alpha.items()}
-    half = Batch(*(x[:, :cfg.sequences] for x in batch))     # (n, B, ..)
+    half = Batch(*(x[:, :cfg.batch] for x in batch))     # (n, B, ..)
     losses = vmap(lambda *x: agent.policy_loss(*x, "L"))(phi, theta, alpha, half)
     g = gradient(losses, phi, create_graph=True)
     g = vmap(clip)(g) if cfg.aids else g
@@ -370,10 +368,10 @@ def meta_gradient(agent, alpha, phi, theta, batch, cfg):
 # ---- 5. TRAINING -------------------------------------------------------------------------------
 
 
-def descend(adam, weights, gradient):
-    """One step of an optimiser with a given gradient."""
+def descend(adam, weights, grads):
+    """One step of an optimiser with a given gradient {name: ..}."""
     for name, w in weights.items():
-        w.grad = gradient[name].detach()
+        w.grad = grads[name].detach()
     adam.step()
 
 
@@ -436,7 +434,7 @@ class Population:
             old = self.replay or Batch(*(x[:, :0] for x in new))
             self.replay = Batch(*(torch.cat(pair, 1) for pair in zip(old, new)))
         # INNER UPDATE: the critics, eq. 1
-        batch = self.sample(cfg.sequences)                   # (n, B, ..)
+        batch = self.sample(cfg.batch)                   # (n, B, ..)
         losses = vmap(agent.critic_loss)(self.theta, self.theta_target, self.phi_target,
                                          torch.randn_like(batch.action), batch)
         descend(self.adam_theta, self.theta, gradient(losses, self.theta))   # lambda_1
@@ -444,7 +442,7 @@ class Population:
         if self.age % 2 == 0:
             if self.age >= cfg.warmup:
                 loss = vmap(lambda *x: agent.policy_loss(*x, rule), (0, 0, alpha_axis, 0))
-                losses = loss(self.phi, self.theta, alpha, self.sample(cfg.sequences))
+                losses = loss(self.phi, self.theta, alpha, self.sample(cfg.batch))
                 descend(self.adam_phi, self.phi, vmap(clip)(gradient(losses, self.phi)))  # lambda_2
             for weights, targets in ((self.phi, self.phi_target), (self.theta, self.theta_target)):
                 for name, w in weights.items():
@@ -483,7 +481,7 @@ def train(cfg, run):
             # META UPDATE
             if age % 2 == 0 and age >= cfg.warmup:
                 each = [vmap(clip)(meta_gradient(x.agent, alpha, x.phi, x.theta,
-                                                 x.sample(2 * cfg.sequences), cfg))
+                                                 x.sample(2 * cfg.batch), cfg))
                         for x in born.values()]
                 descend(adam, alpha, {k: torch.cat([g[k] for g in each]).mean(0) for k in alpha})
                 decay.step()                                 # of lambda_4
@@ -499,7 +497,8 @@ def train(cfg, run):
 
 def cosines(population, alpha):
     """Cosines of L's gradient with other rules', over all policy weights of an agent -> means."""
-    batch, flat = population.sample(2 * population.cfg.sequences), {}
+    with torch.random.fork_rng(range(torch.cuda.device_count())):              # logs change nothing
+        batch, flat = population.sample(2 * population.cfg.batch), {}
     for rule in ("L", "reinforce", "ddpg"):
         loss = vmap(lambda *x: population.agent.policy_loss(*x, rule), (0, 0, None, 0))
         g = gradient(loss(population.phi, population.theta, alpha, batch), population.phi)
@@ -534,8 +533,8 @@ def meta_test(cfg, run, rule, objective, tasks=TASKS):
 
 def push(objective, T):
     """-dL/dpi at pi = 0 over actions a in -1 .. 1 -> a, push when values rise by one after it, push
-    when they fall, (40,) each, largest 1. Made-up sequences; all else is 0."""
-    x, middle = torch.linspace(-1, 1, 40), T // 2            # 40: not 0, where L has a cusp
+    when they fall, (40,) each, over the largest. 2 x 40 made-up sequences; all else is 0."""
+    x, middle = torch.linspace(-1, 1, 40), T // 2            # 40 leave out 0, a cusp of L
     a, V, zero = torch.zeros(80, T, 1), torch.zeros(80, T + 1), torch.zeros(80, T)
     a[:, middle, 0] = x.repeat(2)
     V[:40, middle + 1:], V[40:, middle + 1:] = 1, -1
@@ -546,7 +545,7 @@ def push(objective, T):
 
 
 def experiment(cfg, run):
-    """Meta-train, meta-test, compare -> headline, tests {rule: meta_test's answer}, push."""
+    """Meta-train, meta-test and compare, with one seed -> {"headline": {name: number}, ..}."""
     L, seen, mean = train(cfg, run), cfg.train.split(","), statistics.fmean
     negated = copy.deepcopy(L)                               # tanh is odd: this is -L
     for w in negated.out[-1].parameters():
@@ -557,15 +556,13 @@ def experiment(cfg, run):
     ends = {(rule, task): mean(test["agents"])
             for rule, tasks in tests.items() for task, test in tasks.items()}
     unseen = [task for task in TASKS if task not in seen]
-
     def score(rule, *tasks):
         return mean((ends[rule, x] - ends["untrained", x])
                     / (ends["ddpg", x] - ends["untrained", x]) for x in tasks)
     head = {f"score_{task}": score("L", task) for task in TASKS}
     head |= {"score_seen": score("L", *seen), "score_unseen": score("L", *unseen),
-             "distance_ratio_unseen": mean(ends["L", x] / ends["ddpg", x] for x in unseen),
              "no_value_score_pendulum": score("no_value", "pendulum"),
-             **{f"{rule}_score": score(rule, *TASKS) for rule in ("negated", "reinforce")}}
+             **{f"{rule}_score": score(rule, *TASKS) for rule in ("L", "negated", "reinforce")}}
     head["cosine_reinforce"] = min(mean(x["cosine_reinforce"]) for x in tests["L"].values())
     pairs = [zip(tests["L"][task]["agents"], tests["untrained"][task]["agents"]) for task in TASKS]
     head["wins_over_untrained"] = mean(a > b for pair in pairs for a, b in pair)
@@ -577,53 +574,53 @@ BESIDE = {"score_unseen": "untrained L 0, DDPG 1"}
 # ---- 7. FIGURE ---------------------------------------------------------------------------------
 
 COLOURS = {"L": "#0072B2", "ddpg": "#E69F00", "reinforce": "#009E73", "untrained": "#777777",
-           "negated": "#CC79A7"}
-LABELS = {"reinforce": "advantage-weighted replay", "negated": "-L"}
+           "negated": "#D55E00"}
+
+
+def lines(axis, x, curves, colour, label, style="-"):
+    """curves (seeds, points): a thin line a seed, and their thick mean."""
+    axis.plot(x, torch.tensor(curves).T.tolist(), style, color=colour, lw=0.6, alpha=0.5)
+    axis.plot(x, torch.tensor(curves).mean(0).tolist(), style, color=colour, lw=2, label=label)
 
 
 def plot(summary, path):
-    """Four panels, the first of two axes, from the summary alone."""
+    """Three panels, the first of an axis for each task, from the summary alone."""
     from matplotlib.figure import Figure                     # no pyplot: no backend, no state
-    seeds, cfg = summary["per_seed"], summary["config"]
-    seen = summary["config"]["train"].split(",")
-    figure = Figure((19, 4), layout="constrained")
-    *curves, scores, pushes, angles = figure.subplots(1, 5)
-    for axis, task in zip(curves, [task for task in TASKS if task not in seen]):
+    figure, seeds = Figure((12, 8.4), layout="constrained"), summary["per_seed"]
+    every, life, train = (summary["config"][key] for key in ("log_every", "test_life", "train"))
+    *curves, push, angles = figure.subplots(2, 3).flat
+    for place, (axis, task) in enumerate(zip(curves, TASKS)):
         for rule, colour in COLOURS.items():
-            rows = torch.tensor([seed["tests"][rule][task]["curve"] for seed in seeds])
-            x = [cfg["log_every"] * (i + 1) for i in range(rows.shape[1])]
-            axis.plot(x, rows.T.tolist(), color=colour, lw=0.5, alpha=0.5)
-            axis.plot(x, rows.mean(0).tolist(), color=colour, lw=2, label=LABELS.get(rule, rule))
-        axis.set(title=f"(a) Fresh agents, {task}: never seen", xlabel="iteration", ylabel="return")
-    curves[0].legend(fontsize=8)
-    for place, task in enumerate(TASKS):
-        values = [seed["headline"][f"score_{task}"] for seed in seeds]
-        scores.plot([place] * len(seeds), values, "o", color=COLOURS["L"], alpha=0.6)
+            rows = [seed["tests"][rule][task]["curve"] for seed in seeds]
+            lines(axis, range(every, life + 1, every), rows, colour, rule)
+        known = "seen" if task in train.split(",") else "never seen"
+        axis.set(title=f"(a) Fresh agents, {task}: {known}", xlabel="iteration", ylabel="return")
         for key, marker in (("reinforce", "o"), ("ddpg", "s")):
             values = [statistics.fmean(seed["tests"]["L"][task][f"cosine_{key}"]) for seed in seeds]
             angles.plot([place] * len(seeds), values, marker, color=COLOURS[key], alpha=0.6)
-    scores.hlines((0, 1), 0, 3, (COLOURS["untrained"], COLOURS["ddpg"]))
-    for seed in seeds:
-        for y, colour in zip(seed["push"][1:], ("#0072B2", "#D55E00")):
-            pushes.plot(seed["push"][0], y, color=colour, lw=1)
-    scores.set(title="(b) Return; untrained L 0, DDPG 1", xticks=range(4), xticklabels=TASKS)
-    pushes.set(title="(c) Push on pi = 0; V rises (blue), falls", xlabel="a", ylabel="-dL/dpi")
-    angles.set(title="(d) Cosine of L's gradient with theirs", xticks=range(4), xticklabels=TASKS)
+    curves[0].legend(fontsize=8)
+    for which, style in ((1, "-"), (2, "--")):
+        rows = [seed["push"][which] for seed in seeds]
+        lines(push, seeds[0]["push"][0], rows, COLOURS["L"], None, style)
+    push.set(title="(b) Towards a if V rises (falls: dashed)", xlabel="a", ylabel="push on pi = 0")
+    angles.set(title="(c) Cosine of L's gradient with theirs", xticks=range(4), xticklabels=TASKS)
+    angles.legend(("reinforce", "ddpg"), fontsize=8)         # the first two of those plotted
     figure.savefig(path, dpi=110)
 
 
 # ---- 8. RUN ------------------------------------------------------------------------------------
-# Command line, seeds, checkpoints, summary: the same text in every script. It uses Config (with
-# seed, num_seeds, log_every, save_every), PRESETS, plot(summary, path), BESIDE {name: text} and
-# experiment(cfg, run) -> {"headline": {name: number}, ..}.
+# Command line, seeds, checkpoints, summary: the same text in every script. It uses Config (int,
+# float, bool and str fields; seed, num_seeds, log_every, save_every among them), PRESETS, BESIDE
+# {name: text}, plot(summary, path), experiment(cfg, run) -> {"headline": {name: number}, ..}.
 
 
 class Run:
     """One seed, as `experiment` sees it: the device, steps that are saved, a log."""
 
-    def __init__(self, cfg, seed, folder, device, compiled):
+    def __init__(self, cfg, seed, folder, device, compiled=None):
         self.seed, self.folder, self.save_every = seed, folder, cfg.save_every
         self.device, self.rows, self.stage, self.start = device, [], None, time.time()
+        compiled = device.type == "cuda" if compiled is None else compiled
         self.compile = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
         self.random = [torch] + [getattr(torch, device.type)] * (device.type != "cpu")
         torch.manual_seed(seed)
@@ -632,7 +629,7 @@ class Run:
         """Yield the numbers of the steps still to do, and save after each `save_every` of them.
 
         stage: a name of its own. state: all modules, optimisers and tensors that a step changes.
-        A run that goes on starts at the top, and each stage gets back what its own file holds.
+        A run that goes on starts at the top; each stage gets back what its file has: one Config.
         """
         file, first, self.stage = self.folder / f"seed{self.seed}-{stage}.pt", 0, stage
         if file.exists():
@@ -640,8 +637,8 @@ class Run:
                 saved = torch.load(file, self.device, weights_only=True)
             except Exception as error:                       # a damaged file raises almost any
                 sys.exit(f"{file} is damaged; without it, its stage starts anew ({error})")
-            first, self.rows = saved["step"], saved["rows"]
-            self.start = time.time() - saved["seconds"]
+            first, self.rows = saved["step"], saved["rows"]  # the log as it was then
+            self.start = time.time() - saved["seconds"]      # the pause does not count
             for name, x in state.items():
                 if hasattr(x, "load_state_dict"):
                     x.load_state_dict(saved["state"][name])
@@ -650,7 +647,7 @@ class Run:
             for module, numbers in zip(self.random, saved["random"]):
                 module.set_rng_state(numbers.cpu())
         self.bar = tqdm(range(first, total), f"seed {self.seed} {stage}", total, initial=first,
-                        disable=not sys.stderr.isatty())
+                        disable=not sys.stderr.isatty())     # a file gets lines instead
         for self.step in self.bar:
             yield self.step
             if (self.step + 1) % self.save_every == 0 or self.step + 1 == total:
@@ -680,18 +677,16 @@ def parse(argv):
     """Command line -> (Config, other options): a preset first, explicit options on top."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.error = lambda text: sys.exit(f"{parser.prog}: error: {text}")
+    parser.error = lambda text: sys.exit(f"{parser.prog}: error: {text}")      # one line
     add, switch, folder = parser.add_argument, argparse.BooleanOptionalAction, pathlib.Path
-    there = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    there = [kind for kind in ("cuda", "cpu", "mps") if getattr(torch, kind).is_available()]
     add("--preset", choices=PRESETS, default="quick", help="defaults of the options below")
     add("--device", choices=there, default=there[0], help="where to compute [the first]")
     add("--compile", action=switch, help="torch.compile the hot functions [on CUDA]")
     add("--out", type=folder, metavar="FOLDER", help="of the run [a new one in runs/]")
     add("--resume", type=folder, metavar="FOLDER", help="go on with the run in this folder")
     add("--replot", type=folder, metavar="FOLDER", help="draw the figure of this run again")
-    for name, default in asdict(Config()).items():
-        if type(default) not in (int, float, bool, str):
-            parser.error(f"the default of Config.{name} must be an int, float, bool or str")
+    for name, default in asdict(Config()).items():           # each field is an option
         values = "".join(f"; {key} {own[name]}" for key, own in PRESETS.items() if name in own)
         kind = {"action": switch} if type(default) is bool else {"type": type(default)}
         add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
@@ -699,21 +694,34 @@ def parse(argv):
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", pathlib.Path(__file__).name, *argv])
-    if (args.resume or args.replot) and len(argv) > 2:
+    if (args.resume or args.replot) and sum(word.startswith("-") for word in argv) > 1:
         parser.error("--resume and --replot take all settings from their folder")
     own = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
     try:
         if args.replot:
-            json.loads((args.replot / "summary.json").read_text())
+            json.loads((args.replot / "summary.json").read_text())             # is it there?
         if args.resume:
             saved = json.loads((args.resume / "config.json").read_text())
             own, args = saved.pop("config"), argparse.Namespace(**{**vars(args), **saved})
-        cfg = Config(**{**PRESETS[args.preset], **own})
+        cfg = Config(**{**PRESETS[args.preset], **own})      # its own checks
     except (OSError, ValueError, TypeError, KeyError) as error:
         parser.error(error)
     if min(cfg.num_seeds, cfg.log_every, cfg.save_every) < 1:
         parser.error("--num-seeds, --log-every and --save-every must be at least 1")
     return cfg, args
+
+
+def new_folder(name, cfg, args):
+    """Make the folder of a new run, with its configuration: nothing is ever overwritten."""
+    new = (pathlib.Path("runs", name, f"{args.preset}-{n}") for n in range(1, 10**9))
+    folder = args.out or next(path for path in new if not path.exists())
+    try:
+        folder.mkdir(parents=True)                           # only one run can make it
+        saved = {key: vars(args)[key] for key in ("preset", "command", "device", "compile")}
+        (folder / "config.json").write_text(json.dumps(saved | {"config": asdict(cfg)}))
+    except OSError as error:
+        sys.exit(f"{error}; a run that is there goes on with --resume")
+    return folder
 
 
 def interval(values):
@@ -740,25 +748,17 @@ def main(argv=None):
     cfg, args = parse(argv)
     if args.replot:
         return show(args.replot)
-    name, device, folder = pathlib.Path(__file__).stem, torch.device(args.device), args.resume
+    name, device = pathlib.Path(__file__).stem, torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
         torch.set_float32_matmul_precision("high")                             # TF32
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    rank, world = 0, 1
+    rank, world = 0, 1                                       # which process, of how many
     if torch.distributed.is_torchelastic_launched():         # torchrun keeps a store of keys
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = torch.distributed.TCPStore(*address, timeout=datetime.timedelta(days=30))
-    if rank == 0 and not folder:
-        new = (pathlib.Path("runs", name, f"{args.preset}-{n}") for n in range(1, 10**9))
-        folder = args.out or next(path for path in new if not path.exists())
-        try:
-            folder.mkdir(parents=True)                       # only one run can make it
-            saved = {key: vars(args)[key] for key in ("preset", "command", "device", "compile")}
-            (folder / "config.json").write_text(json.dumps(saved | {"config": asdict(cfg)}))
-        except OSError as error:
-            sys.exit(f"{error}; a run that is there goes on with --resume")
+    if rank == 0:
+        folder = args.resume or new_folder(name, cfg, args)
     if world > 1:
         if rank == 0:
             store.set("folder", str(folder))
@@ -766,9 +766,9 @@ def main(argv=None):
     print(f"{name} {args.preset} on {device}, torch {torch.__version__}, into {folder}")
     seeds, results, run = list(range(cfg.seed, cfg.seed + cfg.num_seeds)), {}, None
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            for seed in seeds[rank::world]:
-                run = Run(cfg, seed, folder, device, compiled)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):          # the caller's go on
+            for seed in seeds[rank::world]:                  # the share of this process
+                run = Run(cfg, seed, folder, device, args.compile)
                 results[seed] = experiment(cfg, run) | {"minutes": (time.time() - run.start) / 60}
     except KeyboardInterrupt:
         sys.exit(f"stopped; --resume {folder} goes on from the last checkpoint")
@@ -779,12 +779,12 @@ def main(argv=None):
             (folder / "config.json").unlink()
             folder.rmdir()
         sys.exit(f"{name}: error: {error}")
-    for seed in results if world > 1 else ():
-        store.set(f"seed{seed}", json.dumps(results[seed]))
+    if world > 1:                                            # the first process gathers all
+        for seed in results:
+            store.set(f"seed{seed}", json.dumps(results[seed]))
+        results = {seed: json.loads(store.get(f"seed{seed}")) for seed in seeds if rank == 0}
     if rank == 0:
-        if world > 1:
-            results = {seed: json.loads(store.get(f"seed{seed}")) for seed in seeds}
-        heads = [results[s]["headline"] for s in seeds]
+        heads = [results[s]["headline"] for s in seeds]      # {name: number} each
         (folder / "summary.json").write_text(json.dumps({
             "headline": {key: interval([head[key] for head in heads]) for key in heads[0]},
             "seeds": seeds, "per_seed": [results[s] for s in seeds], "config": asdict(cfg),

@@ -23,7 +23,7 @@ ALGORITHM (meta-training)
     w <- Adam(w, grad of -1/(BT) sum_{b,t} log p_w(x_t | x_{<t}))
   The loss is least where p_w(x_t | x_{<t}) is the exact mixture over all switches and biases.
 
-SYMBOLS
+SYMBOLS, in the code, shape or meaning
   B, T, N     batch, length, sequences   sequences a step, symbols of one, sequences of a test
   x           x                 (B, T)   bits
   theta       theta             (B, T)   hidden P(x_t = 1)
@@ -34,12 +34,11 @@ SYMBOLS
   LIN         lin_predict                exact if n symbols end a segment with prob. 1 / (2 n)
   oracle      oracle_predict             KT told where the segments begin; for `regular` exact Bayes
 
-RESULT (quick: seeds 0-4, mean [95 % t interval], 3 minutes a seed on one core; ratios of regrets)
-  LSTM on lin to exact LIN 1.001 [1.001, 1.002]; on ptw, 0.822 [0.818, 0.826] of the way from KT to
-  PTW; on regular to exact Bayes 1.004 [1.003, 1.005], to the better of PTW and LIN 0.558. At four
-  times the length, to exact LIN: LSTM 1.028 [1.023, 1.033], ALiBi 1.065 [1.061, 1.070], sinusoidal
-  positions 2.046 [1.944, 2.148] (1.012 at the training length). All seeds share the tests.
-  `paper`: not run.
+RESULT (quick: seeds 0-4, mean [95 % t interval], 2.3 minutes a seed on one core; `paper`: not run)
+  Ratios of regrets: LSTM on lin to exact LIN 1.001 [1.001, 1.002]; on ptw, 0.822 [0.818, 0.826] of
+  the way from KT to PTW; on regular to exact Bayes 1.004 [1.003, 1.005], to the better of PTW and
+  LIN 0.558. At four times the length, to exact LIN: LSTM 1.028 [1.023, 1.033], ALiBi 1.065 [1.061,
+  1.070], sinusoidal 2.046 [1.944, 2.148] (at the training length 1.012). All seeds share the tests.
 
 DIFFERS
   1. quick is small: T = 64 instead of 256, LSTMs of width 64, 1,500 steps.
@@ -82,7 +81,7 @@ MODELS, SOURCES = ("lstm", "sincos", "alibi"), ("ptw", "lin", "regular")
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; each comment is the option's --help. [code]: official repository."""
+    """All settings of a run; each comment is the option's --help. [code: x]: the release has x."""
     networks: str = "lstm:ptw,lstm:lin,lstm:regular,sincos:lin,alibi:lin"  # model:source, ...
     length: int = 64                     # symbols of a training sequence, T
     batch: int = 64                      # sequences a step, B [code: 128]
@@ -165,7 +164,7 @@ def sample_source(source, batch, length, device):
 
 
 def before(x):
-    """(B, T) -> x_1 + .. + x_{t-1} at each t, in float64: never x_t."""
+    """(B, T, ..) -> x_1 + .. + x_{t-1} at each t, in float64: never x_t."""
     return x.double().cumsum(1) - x.double()
 
 
@@ -189,10 +188,8 @@ def log_kt(n, ones):
 
 def ptw_predict(x):
     """Bits (B, T) -> P(x_t = 1 | x_{<t}), float64: Bayes for the source `ptw`.
-
     Two log evidences (B, T) of the part of x_1 .. x_t in the block of t: `seen`, of the bits as
-    they are, and `with_one`, where x_t is 1. Blocks grow level by level from single symbols up.
-    """
+    they are, and `with_one`, where x_t is 1. Blocks grow level by level from single symbols up."""
     t = torch.arange(1, x.shape[1] + 1, device=x.device)
     count = F.pad(x.double().cumsum(1), (1, 0))                                # (B, T + 1)
     seen = torch.full_like(count[:, 1:], -math.log(2))
@@ -212,10 +209,8 @@ def ptw_predict(x):
 
 
 def lin_predict(x):
-    """Bits (B, T) -> P(x_t = 1 | x_{<t}), float64: Bayes for the source `lin`.
-
-    A filter over the hidden start of the current segment, one more candidate at each symbol.
-    """
+    """Bits (B, T) -> P(x_t = 1 | x_{<t}), float64: Bayes for the source `lin`: a
+    filter over the hidden start of the current segment, one more candidate at each symbol."""
     x, q = x.double(), []
     weight, ones = x.new_ones(len(x), 1), x.new_zeros(len(x), 1)               # (B, starts)
     for t in range(x.shape[1]):
@@ -303,9 +298,9 @@ def log_loss(model, x):
 # ---- 5. TRAINING -------------------------------------------------------------------------------
 
 
-def train(cfg, run, name, test):
+def train(cfg, run, name, test_x, test_theta):
     """Meta-train the network `name`, model:source, on fresh sequences, and log its regret on the
-    test (x, theta), in nats a sequence -> model."""
+    test, in nats a sequence -> model."""
     kind, source = name.split(":")
     model = (Lstm(cfg) if kind == "lstm" else Transformer(cfg, kind == "alibi")).to(run.device)
     rate, steps = cfg.transformer_rate, cfg.transformer_steps
@@ -324,7 +319,8 @@ def train(cfg, run, name, test):
         adam.step()
         # LOG
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            run.log(regret=step_regret(test[1], predict(model, test[0])).sum(1).mean().item())
+            regret = step_regret(test_theta, predict(model, test_x)).sum(1)
+            run.log(regret=regret.mean().item())
     return model
 
 
@@ -332,7 +328,7 @@ def train(cfg, run, name, test):
 
 
 def experiment(cfg, run):
-    """Train the networks of one seed, test each on each source -> {"headline": {..}, ..}."""
+    """The networks of one seed, each on each source -> {"headline": {name: number}, ..}."""
     if run.device.type == "mps":
         raise ValueError("--device mps has no float64, which the exact predictors need")
     torch.manual_seed(12345)                                 # the same tests for all seeds
@@ -341,7 +337,7 @@ def experiment(cfg, run):
     tests["long"] = sample_source("lin", cfg.sequences // 5, 4 * cfg.length, run.device)
     torch.manual_seed(run.seed)
     names = cfg.networks.split(",")
-    models = {name: train(cfg, run, name, tests[name.split(":")[1]][:2]) for name in names}
+    models = {name: train(cfg, run, name, *tests[name.split(":")[1]][:2]) for name in names}
 
     matrix, curves, example = {}, {}, {}
     for test, (x, theta, switches) in tests.items():
@@ -366,53 +362,52 @@ def experiment(cfg, run):
 def headline(cfg, matrix):
     """Ratios of regrets, of the networks that were trained -> {name: number}."""
     names = cfg.networks.split(",")
-    numbers = {f"{name}_regret": matrix[name.split(":")[1]][name] for name in names}
+    head = {f"{name}_regret": matrix[name.split(":")[1]][name] for name in names}
     if "lstm:ptw" in names:          # from KT, which knows no switches, to exact PTW
         row = matrix["ptw"]
-        numbers["ptw_gap_closed"] = (row["KT"] - row["lstm:ptw"]) / (row["KT"] - row["PTW"])
-    if "lstm:lin" in names:
-        numbers["lin_ratio"] = matrix["lin"]["lstm:lin"] / matrix["lin"]["LIN"]
+        head["ptw_gap_closed"] = (row["KT"] - row["lstm:ptw"]) / (row["KT"] - row["PTW"])
     if "lstm:regular" in names:
         row = matrix["regular"]
-        numbers["regular_ratio_to_oracle"] = row["lstm:regular"] / row["oracle"]
-        numbers["regular_ratio_to_best_mixture"] = row["lstm:regular"] / min(row["PTW"], row["LIN"])
+        head["regular_ratio_to_oracle"] = row["lstm:regular"] / row["oracle"]
+        head["regular_ratio_to_best_mixture"] = row["lstm:regular"] / min(row["PTW"], row["LIN"])
     for model in MODELS:
-        for test, length in (("lin", cfg.length), ("long", 4 * cfg.length)):
+        for test, at in (("lin", ""), ("long", "_at_4_T")):
             if f"{model}:lin" in names:
                 ratio = matrix[test][f"{model}:lin"] / matrix[test]["LIN"]
-                numbers[f"{model}_ratio_{length}"] = ratio
-    return numbers
+                head[f"{model}_lin_ratio{at}"] = ratio
+    return head
 
 
-BESIDE = {"ptw_gap_closed": "exact PTW 1, KT 0", "lin_ratio": "exact LIN 1",
+BESIDE = {"ptw_gap_closed": "exact PTW 1, KT 0", "lstm_lin_ratio": "exact LIN 1",
           "regular_ratio_to_oracle": "exact 1", "regular_ratio_to_best_mixture": "PTW or LIN 1"}
 
 # ---- 7. FIGURE ---------------------------------------------------------------------------------
 
-COLOURS = {"KT": "#777777", "PTW": "#D55E00", "LIN": "#E69F00", "oracle": "#000000",
+COLOURS = {"KT": "#D55E00", "PTW": "#000000", "LIN": "#000000", "oracle": "#E69F00",
            "lstm:ptw": "#0072B2", "lstm:lin": "#009E73", "lstm:regular": "#CC79A7",
            "sincos:lin": "#56B4E9", "alibi:lin": "#8B5A2B"}
+OTHER = "#F0E442"                    # a network that `quick` does not train
 
 
-def lines(axis, x, curves, name, style="-"):
-    """curves (seeds, points): a thin line a seed, and their thick mean, in the colour of `name`."""
-    curves, colour = torch.tensor(curves), COLOURS.get(name, "#F0E442")
-    axis.plot(x, curves.T.tolist(), style, color=colour, lw=0.6, alpha=0.5)
-    axis.plot(x, curves.mean(0).tolist(), style, color=colour, lw=2, label=name)
+def lines(axis, x, curves, colour, label, style="-"):
+    """curves (seeds, points): a thin line a seed, and their thick mean."""
+    axis.plot(x, torch.tensor(curves).T.tolist(), style, color=colour, lw=0.6, alpha=0.5)
+    axis.plot(x, torch.tensor(curves).mean(0).tolist(), style, color=colour, lw=2, label=label)
 
 
 def plot(summary, path):
     """Four panels from the summary alone."""
     from matplotlib.figure import Figure                     # no pyplot: no backend, no state
-    figure = Figure((13, 9), layout="constrained")
+    figure = Figure((12, 8.4), layout="constrained")
     a, b, c, d = figure.subplots(2, 2).flat
     cfg, seeds = summary["config"], summary["per_seed"]
     for name in seeds[0]["history"]:
         exact = {"ptw": "PTW", "lin": "LIN", "regular": "oracle"}[name.split(":")[1]]
         best = [seed["matrix"][name.split(":")[1]][exact] for seed in seeds]
         steps = [step for step, _ in seeds[0]["history"][name]]
-        lines(a, steps, [[r / least for _, r in seed["history"][name]]
-                         for seed, least in zip(seeds, best)], name)
+        curves = [[regret / least for _, regret in seed["history"][name]]
+                  for seed, least in zip(seeds, best)]
+        lines(a, steps, curves, COLOURS.get(name, OTHER), name)
     a.axhline(1, color="k", lw=0.8, label="exact (regular: the oracle)")
     a.set(xscale="log", ylim=(0.95, 2), xlabel="meta-training step", ylabel="regret / exact one's",
           title="(a) Log loss leads towards exact Bayes")
@@ -422,7 +417,8 @@ def plot(summary, path):
     for name in ("KT", "LIN", "oracle", "lstm:lin", "sincos:lin", "alibi:lin"):
         if name in seeds[0]["curves"]:
             curves = [seed["curves"][name] for seed in seeds]
-            lines(d, range(2, len(curves[0]) + 2), curves, name, "-" if ":" in name else "--")
+            t, style = range(2, len(curves[0]) + 2), "-" if ":" in name else "--"
+            lines(d, t, curves, COLOURS[name], name, style)
     d.axvline(cfg["length"], color="k", lw=0.8, ls=":", label="training length")
     d.set(xlabel="symbol", ylabel="regret so far", ylim=(0, 2.5 * seeds[0]["curves"]["LIN"][-1]),
           title="(d) Longer than trained, source lin")
@@ -455,7 +451,7 @@ def plot_example(axis, example):
         if switch:
             axis.axvline(step, color="#777777", lw=0.5)
     axis.plot(t, example["x"], ".", color="#777777", ms=4, label="bits")
-    axis.step(t, example["theta"], color="k", where="mid", lw=1, label="hidden bias")
+    axis.step(t, example["theta"], color="#E69F00", where="mid", lw=1.5, label="hidden bias")
     for name in ("PTW", "lstm:ptw"):
         if name in example:
             axis.plot(t, example[name], color=COLOURS[name], lw=2, label=name)
@@ -463,17 +459,18 @@ def plot_example(axis, example):
 
 
 # ---- 8. RUN ------------------------------------------------------------------------------------
-# Command line, seeds, checkpoints, summary: the same text in every script. It uses Config (with
-# seed, num_seeds, log_every, save_every), PRESETS, plot(summary, path), BESIDE {name: text} and
-# experiment(cfg, run) -> {"headline": {name: number}, ..}.
+# Command line, seeds, checkpoints, summary: the same text in every script. It uses Config (int,
+# float, bool and str fields; seed, num_seeds, log_every, save_every among them), PRESETS, BESIDE
+# {name: text}, plot(summary, path), experiment(cfg, run) -> {"headline": {name: number}, ..}.
 
 
 class Run:
     """One seed, as `experiment` sees it: the device, steps that are saved, a log."""
 
-    def __init__(self, cfg, seed, folder, device, compiled):
+    def __init__(self, cfg, seed, folder, device, compiled=None):
         self.seed, self.folder, self.save_every = seed, folder, cfg.save_every
         self.device, self.rows, self.stage, self.start = device, [], None, time.time()
+        compiled = device.type == "cuda" if compiled is None else compiled
         self.compile = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
         self.random = [torch] + [getattr(torch, device.type)] * (device.type != "cpu")
         torch.manual_seed(seed)
@@ -482,7 +479,7 @@ class Run:
         """Yield the numbers of the steps still to do, and save after each `save_every` of them.
 
         stage: a name of its own. state: all modules, optimisers and tensors that a step changes.
-        A run that goes on starts at the top, and each stage gets back what its own file holds.
+        A run that goes on starts at the top; each stage gets back what its file has: one Config.
         """
         file, first, self.stage = self.folder / f"seed{self.seed}-{stage}.pt", 0, stage
         if file.exists():
@@ -490,8 +487,8 @@ class Run:
                 saved = torch.load(file, self.device, weights_only=True)
             except Exception as error:                       # a damaged file raises almost any
                 sys.exit(f"{file} is damaged; without it, its stage starts anew ({error})")
-            first, self.rows = saved["step"], saved["rows"]
-            self.start = time.time() - saved["seconds"]
+            first, self.rows = saved["step"], saved["rows"]  # the log as it was then
+            self.start = time.time() - saved["seconds"]      # the pause does not count
             for name, x in state.items():
                 if hasattr(x, "load_state_dict"):
                     x.load_state_dict(saved["state"][name])
@@ -500,7 +497,7 @@ class Run:
             for module, numbers in zip(self.random, saved["random"]):
                 module.set_rng_state(numbers.cpu())
         self.bar = tqdm(range(first, total), f"seed {self.seed} {stage}", total, initial=first,
-                        disable=not sys.stderr.isatty())
+                        disable=not sys.stderr.isatty())     # a file gets lines instead
         for self.step in self.bar:
             yield self.step
             if (self.step + 1) % self.save_every == 0 or self.step + 1 == total:
@@ -530,18 +527,16 @@ def parse(argv):
     """Command line -> (Config, other options): a preset first, explicit options on top."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.error = lambda text: sys.exit(f"{parser.prog}: error: {text}")
+    parser.error = lambda text: sys.exit(f"{parser.prog}: error: {text}")      # one line
     add, switch, folder = parser.add_argument, argparse.BooleanOptionalAction, pathlib.Path
-    there = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    there = [kind for kind in ("cuda", "cpu", "mps") if getattr(torch, kind).is_available()]
     add("--preset", choices=PRESETS, default="quick", help="defaults of the options below")
     add("--device", choices=there, default=there[0], help="where to compute [the first]")
     add("--compile", action=switch, help="torch.compile the hot functions [on CUDA]")
     add("--out", type=folder, metavar="FOLDER", help="of the run [a new one in runs/]")
     add("--resume", type=folder, metavar="FOLDER", help="go on with the run in this folder")
     add("--replot", type=folder, metavar="FOLDER", help="draw the figure of this run again")
-    for name, default in asdict(Config()).items():
-        if type(default) not in (int, float, bool, str):
-            parser.error(f"the default of Config.{name} must be an int, float, bool or str")
+    for name, default in asdict(Config()).items():           # each field is an option
         values = "".join(f"; {key} {own[name]}" for key, own in PRESETS.items() if name in own)
         kind = {"action": switch} if type(default) is bool else {"type": type(default)}
         add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
@@ -549,21 +544,34 @@ def parse(argv):
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", pathlib.Path(__file__).name, *argv])
-    if (args.resume or args.replot) and len(argv) > 2:
+    if (args.resume or args.replot) and sum(word.startswith("-") for word in argv) > 1:
         parser.error("--resume and --replot take all settings from their folder")
     own = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
     try:
         if args.replot:
-            json.loads((args.replot / "summary.json").read_text())
+            json.loads((args.replot / "summary.json").read_text())             # is it there?
         if args.resume:
             saved = json.loads((args.resume / "config.json").read_text())
             own, args = saved.pop("config"), argparse.Namespace(**{**vars(args), **saved})
-        cfg = Config(**{**PRESETS[args.preset], **own})
+        cfg = Config(**{**PRESETS[args.preset], **own})      # its own checks
     except (OSError, ValueError, TypeError, KeyError) as error:
         parser.error(error)
     if min(cfg.num_seeds, cfg.log_every, cfg.save_every) < 1:
         parser.error("--num-seeds, --log-every and --save-every must be at least 1")
     return cfg, args
+
+
+def new_folder(name, cfg, args):
+    """Make the folder of a new run, with its configuration: nothing is ever overwritten."""
+    new = (pathlib.Path("runs", name, f"{args.preset}-{n}") for n in range(1, 10**9))
+    folder = args.out or next(path for path in new if not path.exists())
+    try:
+        folder.mkdir(parents=True)                           # only one run can make it
+        saved = {key: vars(args)[key] for key in ("preset", "command", "device", "compile")}
+        (folder / "config.json").write_text(json.dumps(saved | {"config": asdict(cfg)}))
+    except OSError as error:
+        sys.exit(f"{error}; a run that is there goes on with --resume")
+    return folder
 
 
 def interval(values):
@@ -590,25 +598,17 @@ def main(argv=None):
     cfg, args = parse(argv)
     if args.replot:
         return show(args.replot)
-    name, device, folder = pathlib.Path(__file__).stem, torch.device(args.device), args.resume
+    name, device = pathlib.Path(__file__).stem, torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
         torch.set_float32_matmul_precision("high")                             # TF32
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    rank, world = 0, 1
+    rank, world = 0, 1                                       # which process, of how many
     if torch.distributed.is_torchelastic_launched():         # torchrun keeps a store of keys
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = torch.distributed.TCPStore(*address, timeout=datetime.timedelta(days=30))
-    if rank == 0 and not folder:
-        new = (pathlib.Path("runs", name, f"{args.preset}-{n}") for n in range(1, 10**9))
-        folder = args.out or next(path for path in new if not path.exists())
-        try:
-            folder.mkdir(parents=True)                       # only one run can make it
-            saved = {key: vars(args)[key] for key in ("preset", "command", "device", "compile")}
-            (folder / "config.json").write_text(json.dumps(saved | {"config": asdict(cfg)}))
-        except OSError as error:
-            sys.exit(f"{error}; a run that is there goes on with --resume")
+    if rank == 0:
+        folder = args.resume or new_folder(name, cfg, args)
     if world > 1:
         if rank == 0:
             store.set("folder", str(folder))
@@ -616,9 +616,9 @@ def main(argv=None):
     print(f"{name} {args.preset} on {device}, torch {torch.__version__}, into {folder}")
     seeds, results, run = list(range(cfg.seed, cfg.seed + cfg.num_seeds)), {}, None
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            for seed in seeds[rank::world]:
-                run = Run(cfg, seed, folder, device, compiled)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):          # the caller's go on
+            for seed in seeds[rank::world]:                  # the share of this process
+                run = Run(cfg, seed, folder, device, args.compile)
                 results[seed] = experiment(cfg, run) | {"minutes": (time.time() - run.start) / 60}
     except KeyboardInterrupt:
         sys.exit(f"stopped; --resume {folder} goes on from the last checkpoint")
@@ -629,12 +629,12 @@ def main(argv=None):
             (folder / "config.json").unlink()
             folder.rmdir()
         sys.exit(f"{name}: error: {error}")
-    for seed in results if world > 1 else ():
-        store.set(f"seed{seed}", json.dumps(results[seed]))
+    if world > 1:                                            # the first process gathers all
+        for seed in results:
+            store.set(f"seed{seed}", json.dumps(results[seed]))
+        results = {seed: json.loads(store.get(f"seed{seed}")) for seed in seeds if rank == 0}
     if rank == 0:
-        if world > 1:
-            results = {seed: json.loads(store.get(f"seed{seed}")) for seed in seeds}
-        heads = [results[s]["headline"] for s in seeds]
+        heads = [results[s]["headline"] for s in seeds]      # {name: number} each
         (folder / "summary.json").write_text(json.dumps({
             "headline": {key: interval([head[key] for head in heads]) for key in heads[0]},
             "seeds": seeds, "per_seed": [results[s] for s in seeds], "config": asdict(cfg),

@@ -20,18 +20,17 @@ ALGORITHM
     r = sum of rewards of one episode of pi_theta;  add (theta, r) to the replay
     4 times   w   <- Adam(w,   gradient of L_V = mean (V_w(theta_i) - r_i)^2)
     19 times  rho <- Adam(rho, gradient of L_G = mean (V_w(G_rho(r_i / Delta)) - r_i)^2)
-  G's commands here are returns r_i achieved, not asked for. Both draw from the replay with P(i)
-  proportional to 1 / age^omega, age in iterations: V must be right about today's policies. quick:
-  K policies an iteration, half of them asked for any return so far.
+  G's commands here are returns r_i achieved. Both draw from the replay, P(i) ~ 1 / age^omega, age
+  in iterations: V must be right about today's policies. quick: K policies an iteration.
 
-SYMBOLS, in the code, shape (K, B, N, sigma, beta, omega: see Config)
+SYMBOLS, in the code, shape or meaning (K, B, N, sigma, beta, omega: see Config)
   theta       theta            (n, P)     policies, one a row: P weights and biases
   c, r        command, returns (n,)       return asked for, return of one episode (noisy)
   Delta       width                       of the range of returns asked for, highest - lowest
   G_rho, V_w  G, V             (B, P) (B,)  hypernetworks that write theta; predicted returns
   Tracking error: mean |achieved - asked| / Delta, 21 commands; stored policies keep their noise.
 
-RESULT (seeds 0-7, mean [95 % t interval], 4.5 minutes a seed on one core, others busy)
+RESULT (quick: seeds 0-7, mean [95 % t interval], 4.5 minutes a seed on one core; `paper`: in part)
   Tracking error 0.033 [0.026, 0.039]; a table of its own policies 0.075 [0.065, 0.085], of
   ARS' 0.108 [0.085, 0.131], imitation 0.127 [0.113, 0.141]; but tables whose policies are measured
   again, with 17 times the episodes, 0.023 and 0.019. Policy for the best return 73.0 [69.0, 77.0],
@@ -211,9 +210,7 @@ def mlp(n_in, hidden, n_out):
 class Hypernet(nn.Module):
     """Writes one layer of a policy slice by slice. Two networks, the same for all slices, read a
     slice's learned embedding z_mn (m-th along the inputs, n-th along the outputs) and the command:
-
-    W[slice mn] = g H_w(z_mn, c),  b[rows n] = g mean_m H_b(z_mn, c),  g = 2 / sqrt(n_in) [code]
-    """
+    W[slice mn] = g H_w(z_mn, c),  b[rows n] = g mean_m H_b(z_mn, c),  g = 2 / sqrt(n_in) [code]"""
 
     def __init__(self, n_in, n_out, slice_in, slice_out, hidden):
         super().__init__()
@@ -341,7 +338,7 @@ class Search:
         self.moments.copy_(torch.stack([n + m, mean + step * m / (n + m), spread / (n + m)]))
         return returns[:, 0]
 
-    def test(self, theta):
+    def evaluate(self, theta):
         """theta (n, P) -> mean returns (n,), of the same first states for all, and in all calls."""
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(12345)
@@ -395,7 +392,7 @@ def train(cfg, run, env, method):
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.iterations:
             best, i = search.returns.max(0)
             pair = torch.cat([G(best[None] / width), search.theta[i][None]])
-            written, again = search.test(pair).tolist()
+            written, again = search.evaluate(pair).tolist()
             run.log(episodes=len(search.returns), best_policy_return=written, best_seen=best.item(),
                     best_played_again=again, **{name: x.item() for name, x in losses.items()})
     return search, G, [row for row in run.rows if row["stage"] == method]
@@ -427,11 +424,11 @@ def table(search, asked, fresh=0):
     if fresh:
         state = search.env.reset(fresh * len(theta), 1, theta.device)
         scores = search.play(theta, state)[0].mean(1)        # (m,)
-    return search.test(theta[(scores - asked[:, None]).abs().argmin(1)])
+    return search.evaluate(theta[(scores - asked[:, None]).abs().argmin(1)])
 
 
 def experiment(cfg, run):
-    """Train, ask, compare -> headline, answers {name: (returns asked, achieved)}, curve."""
+    """Train, ask and compare, with one seed -> {"headline": {name: number}, ..}."""
     width, full = cfg.highest - cfg.lowest, cfg.env == "Reach"
     asked = torch.linspace(cfg.lowest, cfg.highest, 21, device=run.device)
     inside = torch.linspace(*BAND, 7, device=run.device)[1:-1]  # five returns
@@ -442,7 +439,7 @@ def experiment(cfg, run):
         commands = inside if method == "band" else asked
         task = MountainCar() if method == "mountaincar" else env
         searches[method], G, curves[method] = train(cfg, run, task, method)
-        answers[method] = commands, searches[method].test(G(commands / width))
+        answers[method] = commands, searches[method].evaluate(G(commands / width))
     head = {}
     for method, rows in curves.items():
         of = "" if method == "generator" else method + "_"
@@ -450,7 +447,7 @@ def experiment(cfg, run):
     head["pearson"] = torch.stack(answers["generator"]).corrcoef()[0, 1].nan_to_num().item()
     if full:
         searches["ars"], policy = ars(cfg, run, env)
-        head["ars_return"] = searches["ars"].test(policy).item()
+        head["ars_return"] = searches["ars"].evaluate(policy).item()
         for name, method in (("table_own_replay", "generator"), ("random_search", "untrained"),
                              ("ars_table", "ars"), ("band_table", "band")):
             commands = inside if method == "band" else asked
@@ -472,58 +469,58 @@ COLOURS = {"tracking": "#0072B2", "no_fingerprint": "#56B4E9", "hindsight": "#D5
            "random_search": "#CC79A7"}
 
 
-def lines(axis, x, rows, colour, label):
-    """A thin line a seed, and their thick mean."""
-    axis.plot(x, torch.tensor(rows).T.tolist(), color=colour, lw=0.5, alpha=0.5)
-    axis.plot(x, torch.tensor(rows).mean(0).tolist(), color=colour, lw=2, label=label)
-    axis.legend(fontsize=8)
+def lines(axis, x, curves, colour, label, style="-"):
+    """curves (seeds, points): a thin line a seed, and their thick mean."""
+    axis.plot(x, torch.tensor(curves).T.tolist(), style, color=colour, lw=0.6, alpha=0.5)
+    axis.plot(x, torch.tensor(curves).mean(0).tolist(), style, color=colour, lw=2, label=label)
 
 
 def plot(summary, path):
     """Two panels, and of Reach two more, from the summary alone."""
     from matplotlib.figure import Figure                     # no pyplot: no backend, no state
     seeds, full = summary["per_seed"], "ars_return" in summary["headline"]
-    figure = Figure((17 if full else 10, 4.2), layout="constrained")
-    axes = figure.subplots(1, 4 if full else 2)
+    figure = Figure((12, 8.4 if full else 4.2), layout="constrained")
+    a, b, c, d = [*figure.subplots(1 + full, 2).flat, None, None][:4]
     shown = ["generator", "table_own_replay", "hindsight"][:3 if full else 1]
-    car = (axes[-1], ["mountaincar"], "(d) MountainCarContinuous: a staircase")
-    for axis, names, title in [(axes[0], shown, "(a) Policies on request"), car][:1 + full]:
+    car = (d, ["mountaincar"], "(d) MountainCarContinuous: a staircase")
+    for axis, names, title in [(a, shown, "(a) Policies on request"), car][:1 + full]:
         asked, _ = seeds[0]["answers"]["generator"]
         axis.plot(asked, asked, "k:", lw=1)
         axis.set(title=title, xlabel="return asked for", ylabel="return achieved")
         for name in names:
             rows = [seed["answers"][name][1] for seed in seeds]
             lines(axis, asked, rows, COLOURS.get(name, "#0072B2"), name.replace("_", " "))
+        axis.legend(fontsize=8)
     if full:
-        ars = summary["headline"]["ars_return"]["mean"]
-        axes[1].axhline(ars, color="#E69F00", ls="--", label="ARS, last policy")
-        for place, name in enumerate(COLOURS):
+        b.axhline(summary["headline"]["ars_return"]["mean"], color="#E69F00", ls="--", label="ARS")
+        for name, colour in COLOURS.items():
+            label = name.replace("tracking", "generator").replace("_", " ")
             for key, fill in ((f"{name}_error", "full"), (f"{name}_again_error", "none")):
                 errors = [seed["headline"].get(key, math.nan) for seed in seeds]
-                axes[2].plot(errors, [place] * len(seeds), "o", color=COLOURS[name], fillstyle=fill)
-        names = [name.replace("tracking", "generator").replace("_", " ") for name in COLOURS]
-        axes[2].set_yticks(range(len(COLOURS)), names)
-        axes[2].set(title="(c) Error; hollow: 17 x the episodes", xlabel="tracking error", xlim=0)
+                c.plot(errors, [label] * len(seeds), "o", color=colour, fillstyle=fill)
+        c.set(title="(c) Error; hollow: 17 x the episodes", xlabel="tracking error", xlim=0)
     episodes = [row["episodes"] for row in seeds[0]["curve"]]
-    for key, colour in (("policy_return", "#0072B2"), ("seen", "k"), ("played_again", "#009E73")):
+    for key, hue in (("policy_return", "#0072B2"), ("seen", "sienna"), ("played_again", "#009E73")):
         rows = [[row["best_" + key] for row in seed["curve"]] for seed in seeds]
-        lines(axes[1], episodes, rows, colour, "best " + key.replace("_", " "))
-    axes[1].set(title="(b) Its best, while it learns", xlabel="episodes", ylabel="return")
+        lines(b, episodes, rows, hue, "best " + key.replace("_", " "))
+    b.set(title="(b) Its best, while it learns", xlabel="episodes", ylabel="return")
+    b.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 # ---- 8. RUN ------------------------------------------------------------------------------------
-# Command line, seeds, checkpoints, summary: the same text in every script. It uses Config (with
-# seed, num_seeds, log_every, save_every), PRESETS, plot(summary, path), BESIDE {name: text} and
-# experiment(cfg, run) -> {"headline": {name: number}, ..}.
+# Command line, seeds, checkpoints, summary: the same text in every script. It uses Config (int,
+# float, bool and str fields; seed, num_seeds, log_every, save_every among them), PRESETS, BESIDE
+# {name: text}, plot(summary, path), experiment(cfg, run) -> {"headline": {name: number}, ..}.
 
 
 class Run:
     """One seed, as `experiment` sees it: the device, steps that are saved, a log."""
 
-    def __init__(self, cfg, seed, folder, device, compiled):
+    def __init__(self, cfg, seed, folder, device, compiled=None):
         self.seed, self.folder, self.save_every = seed, folder, cfg.save_every
         self.device, self.rows, self.stage, self.start = device, [], None, time.time()
+        compiled = device.type == "cuda" if compiled is None else compiled
         self.compile = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
         self.random = [torch] + [getattr(torch, device.type)] * (device.type != "cpu")
         torch.manual_seed(seed)
@@ -532,7 +529,7 @@ class Run:
         """Yield the numbers of the steps still to do, and save after each `save_every` of them.
 
         stage: a name of its own. state: all modules, optimisers and tensors that a step changes.
-        A run that goes on starts at the top, and each stage gets back what its own file holds.
+        A run that goes on starts at the top; each stage gets back what its file has: one Config.
         """
         file, first, self.stage = self.folder / f"seed{self.seed}-{stage}.pt", 0, stage
         if file.exists():
@@ -540,8 +537,8 @@ class Run:
                 saved = torch.load(file, self.device, weights_only=True)
             except Exception as error:                       # a damaged file raises almost any
                 sys.exit(f"{file} is damaged; without it, its stage starts anew ({error})")
-            first, self.rows = saved["step"], saved["rows"]
-            self.start = time.time() - saved["seconds"]
+            first, self.rows = saved["step"], saved["rows"]  # the log as it was then
+            self.start = time.time() - saved["seconds"]      # the pause does not count
             for name, x in state.items():
                 if hasattr(x, "load_state_dict"):
                     x.load_state_dict(saved["state"][name])
@@ -550,7 +547,7 @@ class Run:
             for module, numbers in zip(self.random, saved["random"]):
                 module.set_rng_state(numbers.cpu())
         self.bar = tqdm(range(first, total), f"seed {self.seed} {stage}", total, initial=first,
-                        disable=not sys.stderr.isatty())
+                        disable=not sys.stderr.isatty())     # a file gets lines instead
         for self.step in self.bar:
             yield self.step
             if (self.step + 1) % self.save_every == 0 or self.step + 1 == total:
@@ -580,18 +577,16 @@ def parse(argv):
     """Command line -> (Config, other options): a preset first, explicit options on top."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.error = lambda text: sys.exit(f"{parser.prog}: error: {text}")
+    parser.error = lambda text: sys.exit(f"{parser.prog}: error: {text}")      # one line
     add, switch, folder = parser.add_argument, argparse.BooleanOptionalAction, pathlib.Path
-    there = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    there = [kind for kind in ("cuda", "cpu", "mps") if getattr(torch, kind).is_available()]
     add("--preset", choices=PRESETS, default="quick", help="defaults of the options below")
     add("--device", choices=there, default=there[0], help="where to compute [the first]")
     add("--compile", action=switch, help="torch.compile the hot functions [on CUDA]")
     add("--out", type=folder, metavar="FOLDER", help="of the run [a new one in runs/]")
     add("--resume", type=folder, metavar="FOLDER", help="go on with the run in this folder")
     add("--replot", type=folder, metavar="FOLDER", help="draw the figure of this run again")
-    for name, default in asdict(Config()).items():
-        if type(default) not in (int, float, bool, str):
-            parser.error(f"the default of Config.{name} must be an int, float, bool or str")
+    for name, default in asdict(Config()).items():           # each field is an option
         values = "".join(f"; {key} {own[name]}" for key, own in PRESETS.items() if name in own)
         kind = {"action": switch} if type(default) is bool else {"type": type(default)}
         add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
@@ -599,21 +594,34 @@ def parse(argv):
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", pathlib.Path(__file__).name, *argv])
-    if (args.resume or args.replot) and len(argv) > 2:
+    if (args.resume or args.replot) and sum(word.startswith("-") for word in argv) > 1:
         parser.error("--resume and --replot take all settings from their folder")
     own = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
     try:
         if args.replot:
-            json.loads((args.replot / "summary.json").read_text())
+            json.loads((args.replot / "summary.json").read_text())             # is it there?
         if args.resume:
             saved = json.loads((args.resume / "config.json").read_text())
             own, args = saved.pop("config"), argparse.Namespace(**{**vars(args), **saved})
-        cfg = Config(**{**PRESETS[args.preset], **own})
+        cfg = Config(**{**PRESETS[args.preset], **own})      # its own checks
     except (OSError, ValueError, TypeError, KeyError) as error:
         parser.error(error)
     if min(cfg.num_seeds, cfg.log_every, cfg.save_every) < 1:
         parser.error("--num-seeds, --log-every and --save-every must be at least 1")
     return cfg, args
+
+
+def new_folder(name, cfg, args):
+    """Make the folder of a new run, with its configuration: nothing is ever overwritten."""
+    new = (pathlib.Path("runs", name, f"{args.preset}-{n}") for n in range(1, 10**9))
+    folder = args.out or next(path for path in new if not path.exists())
+    try:
+        folder.mkdir(parents=True)                           # only one run can make it
+        saved = {key: vars(args)[key] for key in ("preset", "command", "device", "compile")}
+        (folder / "config.json").write_text(json.dumps(saved | {"config": asdict(cfg)}))
+    except OSError as error:
+        sys.exit(f"{error}; a run that is there goes on with --resume")
+    return folder
 
 
 def interval(values):
@@ -640,25 +648,17 @@ def main(argv=None):
     cfg, args = parse(argv)
     if args.replot:
         return show(args.replot)
-    name, device, folder = pathlib.Path(__file__).stem, torch.device(args.device), args.resume
+    name, device = pathlib.Path(__file__).stem, torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
         torch.set_float32_matmul_precision("high")                             # TF32
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    rank, world = 0, 1
+    rank, world = 0, 1                                       # which process, of how many
     if torch.distributed.is_torchelastic_launched():         # torchrun keeps a store of keys
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = torch.distributed.TCPStore(*address, timeout=datetime.timedelta(days=30))
-    if rank == 0 and not folder:
-        new = (pathlib.Path("runs", name, f"{args.preset}-{n}") for n in range(1, 10**9))
-        folder = args.out or next(path for path in new if not path.exists())
-        try:
-            folder.mkdir(parents=True)                       # only one run can make it
-            saved = {key: vars(args)[key] for key in ("preset", "command", "device", "compile")}
-            (folder / "config.json").write_text(json.dumps(saved | {"config": asdict(cfg)}))
-        except OSError as error:
-            sys.exit(f"{error}; a run that is there goes on with --resume")
+    if rank == 0:
+        folder = args.resume or new_folder(name, cfg, args)
     if world > 1:
         if rank == 0:
             store.set("folder", str(folder))
@@ -666,9 +666,9 @@ def main(argv=None):
     print(f"{name} {args.preset} on {device}, torch {torch.__version__}, into {folder}")
     seeds, results, run = list(range(cfg.seed, cfg.seed + cfg.num_seeds)), {}, None
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            for seed in seeds[rank::world]:
-                run = Run(cfg, seed, folder, device, compiled)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):          # the caller's go on
+            for seed in seeds[rank::world]:                  # the share of this process
+                run = Run(cfg, seed, folder, device, args.compile)
                 results[seed] = experiment(cfg, run) | {"minutes": (time.time() - run.start) / 60}
     except KeyboardInterrupt:
         sys.exit(f"stopped; --resume {folder} goes on from the last checkpoint")
@@ -679,12 +679,12 @@ def main(argv=None):
             (folder / "config.json").unlink()
             folder.rmdir()
         sys.exit(f"{name}: error: {error}")
-    for seed in results if world > 1 else ():
-        store.set(f"seed{seed}", json.dumps(results[seed]))
+    if world > 1:                                            # the first process gathers all
+        for seed in results:
+            store.set(f"seed{seed}", json.dumps(results[seed]))
+        results = {seed: json.loads(store.get(f"seed{seed}")) for seed in seeds if rank == 0}
     if rank == 0:
-        if world > 1:
-            results = {seed: json.loads(store.get(f"seed{seed}")) for seed in seeds}
-        heads = [results[s]["headline"] for s in seeds]
+        heads = [results[s]["headline"] for s in seeds]      # {name: number} each
         (folder / "summary.json").write_text(json.dumps({
             "headline": {key: interval([head[key] for head in heads]) for key in heads[0]},
             "seeds": seeds, "per_seed": [results[s] for s in seeds], "config": asdict(cfg),

@@ -25,14 +25,14 @@ ALGORITHM (one update)
   Rivals: no_future, gamma_z = 0: the same ensemble predicts z_t itself; error, disagreement: one of
   the factors of R_t; rnd: R_t = beta |z_t - p(o_t)|, p <- towards z; rnd4: its 4th power; ppo: 0
 
-SYMBOLS, in the code, shape
+SYMBOLS, in the code, shape or meaning
   T, N      rollout, envs                       time; environments side by side
   d, K      cumulants, HEADS                    pseudo-rewards, heads of the predictor
   o         obs       (T + 1, N, ..)            observations; first (T + 1, N): an episode starts
   z, v, G   z, v, G   (T, N, d), (T, N, K, d)   pseudo-rewards, predictions, targets
   memory    memory    (N, 2 M)                  of an LSTM of M units; (N, 0) of nets without
 
-RESULT (seeds 0-4, mean [95 % t interval], 1.7 minutes a seed on one core; `paper`: not run)
+RESULT (quick: seeds 0-4, mean [95 % t interval], 1.7 minutes a seed on one core; `paper`: not run)
   Farthest column, mean over the run, of 16: RC-GVF 11.89 [11.01, 12.76]; more than no_future by
   1.69 [0.85, 2.54], error 1.30 [0.33, 2.27], disagreement 2.38 [1.33, 3.43], rnd 3.27 [2.26, 4.28],
   rnd4 2.13 [1.06, 3.20], ppo 9.06 [7.97, 10.16]. At the end 16 in all seeds, rnd 12.8. Greedy
@@ -71,12 +71,13 @@ from tqdm import tqdm
 # ---- 1. CONFIGURATION --------------------------------------------------------------------------
 
 RND = ("rnd", "rnd4", "ppo")          # ppo has RND's predictor, too, and beta = 0
+SEGMENT, HEADS = 4, 2                # steps back-propagated through memory (lock: 1); K [code]
 BETAS = "rcgvf:450,rnd:1.25,no_future:1111,error:1,disagreement:3.3,rnd4:10,ppo:0"
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; each comment is the option's --help. [code]: official, lock."""
+    """All settings of a run; each comment is the option's --help. [code: x]: the release has x."""
     env: str = "lock"                # lock, or MultiRoom-N4-S5: 4 rooms of sides up to 5, any two
     methods: str = "rcgvf,rnd,no_future,ppo"   # also error, disagreement, rnd4
     betas: str = BETAS               # method:beta, size of its intrinsic reward
@@ -114,8 +115,6 @@ class Config:
                                            self.cumulants) % SEGMENT:
             raise ValueError("--rollout, --minibatch, --hidden, --cumulants: multiples of 4 there")
 
-
-SEGMENT, HEADS = 4, 2                # steps back-propagated through memory (lock: 1); K [code]
 
 PRESETS = {
     "smoke": dict(horizon=5, frames=256, envs=8, rollout=8, minibatch=16, hidden=16, log_every=1,
@@ -170,17 +169,18 @@ class DiabolicalLock(nn.Module):
         self.farthest = torch.maximum(self.farthest, (right * self.at).max())
         done = self.at == self.horizon
         reward = torch.where(right, torch.where(done, 10, -1 / (self.horizon - 1)), 0)
-        self.row = torch.where(done, start, self.row)
-        self.at = torch.where(done, 0, self.at)
+        self.row = torch.where(done, start, self.row)        # a new episode, in either row
+        self.at = torch.where(done, 0, self.at)              # its first column
         return reward, done
 
     @torch.no_grad()
     def report(self, agent):
         """-> farthest column, and mean return of 96 episodes of most probable actions."""
-        test, greedy = DiabolicalLock(self.horizon, 96, self.row.device, self.opt), 0.0
-        for _ in range(self.horizon):
-            logits, _, _ = agent(test.observe()[None], self.mix.new_zeros(96, 0), None)
-            greedy += test.step(logits[0].argmax(-1))[0].mean().item()
+        with torch.random.fork_rng(range(torch.cuda.device_count())):          # logs change nothing
+            test, greedy = DiabolicalLock(self.horizon, 96, self.row.device, self.opt), 0.0
+            for _ in range(self.horizon):
+                logits, _, _ = agent(test.observe()[None], self.mix.new_zeros(96, 0), None)
+                greedy += test.step(logits[0].argmax(-1))[0].mean().item()
         return {"farthest": float(self.farthest), "greedy": greedy}
 
 
@@ -231,8 +231,8 @@ def multi_room(rooms, largest):
         pass
     (chain, doors), cells, colour = found, torch.full((SIDE, SIDE), EMPTY), below(6)
     for x, y, w, h in chain:
-        cells[[x, x + w - 1], y:y + h] = WALL
-        cells[x:x + w, [y, y + h - 1]] = WALL
+        cells[[x, x + w - 1], y:y + h] = WALL                # left and right
+        cells[x:x + w, [y, y + h - 1]] = WALL                # top and bottom
     for door in doors:
         cells[door] = DOOR + 16 * colour + CLOSED
         colour = (colour + 1 + below(5)) % 6                 # never the colour before
@@ -266,7 +266,7 @@ class MiniGrid(nn.Module):
         for n in done.nonzero()[:, 0].tolist():
             cells, (x, y) = multi_room(self.rooms, self.largest)
             inner = self.cells[n].view(WIDTH, -1)[MARGIN:-MARGIN, MARGIN:-MARGIN]
-            inner.copy_(cells)
+            inner.copy_(cells)                               # its margin stays
             self.at[n] = (x + MARGIN) * WIDTH + y + MARGIN
             self.direction[n] = below(4)
         self.count = torch.where(done, 0, self.count)
@@ -277,7 +277,7 @@ class MiniGrid(nn.Module):
         def beside(row):
             return F.max_pool1d(row.float(), 3, 1, 1).bool()                   # cells, neighbours
         seen = self.cells.gather(1, self.at[:, None] + self.view[self.direction]).view(-1, 7, 7)
-        seen[:, 3, 6] = EMPTY
+        seen[:, 3, 6] = EMPTY                                # where the agent stands
         clear = (seen != WALL) & ((seen & 15 != DOOR) | (seen < CLOSED))
         lit = torch.zeros_like(seen, dtype=torch.bool)
         lit[:, 3, 6] = True
@@ -292,12 +292,12 @@ class MiniGrid(nn.Module):
     def step(self, action):
         """-> reward, done. A success pays 1 - 0.9 count / limit; the limit is 20 steps a room."""
         self.count = self.count + 1
-        front = (self.at + self.ahead[self.direction])[:, None]
+        front = (self.at + self.ahead[self.direction])[:, None]                # (N, 1)
         facing = self.cells.gather(1, front)[:, 0]
-        door = facing & 15 == DOOR
+        door = facing & 15 == DOOR                           # open or closed
         self.direction = (self.direction + (action == RIGHT) - (action == LEFT).long()) % 4
         free = (facing == EMPTY) | (facing == GOAL) | door & (facing < CLOSED)
-        enter = (action == FORWARD) & free
+        enter = (action == FORWARD) & free                   # (N,)
         self.at = torch.where(enter, front[:, 0], self.at)
         turn = (action == TOGGLE) & door
         self.cells.scatter_(1, front, torch.where(turn, facing ^ CLOSED, facing)[:, None])
@@ -353,7 +353,7 @@ def remember(cell, x, memory, first):
     outputs (L, B, M), memories after each step (L, B, 2 M)."""
     memories = []
     for x_t, first_t in zip(x, first):
-        h, c = (memory * (1 - first_t)[:, None]).chunk(2, 1)
+        h, c = (memory * (1 - first_t)[:, None]).chunk(2, 1)                   # (B, M) each
         memory = torch.cat(cell(x_t, (h, c)), 1)
         memories.append(memory)
     memories = torch.stack(memories)
@@ -412,10 +412,8 @@ class Predictor(nn.Module):
 
 def td_returns(reward, value, done, gamma, lam):
     """TD(lambda) returns: reward (T, N, ..), value (T + 1, N, ..), done (T, N) -> (T, N, ..).
-
     Of pseudo-rewards, targets of the general value functions, each head's on its own predictions;
-    of rewards, PPO's: return minus value is the generalised advantage estimate.
-    """
+    of rewards, PPO's: return minus value is the generalised advantage estimate."""
     G, m = value.clone(), (~done).view(*done.shape, *[1] * (value.dim() - 2))
     for t in reversed(range(len(reward))):
         # G_t = z_t + gamma m_t [(1 - lambda) v_{t+1} + lambda G_{t+1}],  G_T = v_T
@@ -430,7 +428,7 @@ def intrinsic_reward(v, G, method):
     if method in RND:
         return error.sum(-1) ** (0.5 if method == "rnd" else 2)
     # R_t = beta sum_d Var_k[v^k_t] mean_k (G^k_t - v^k_t)^2, or one of the factors
-    spread = v.var(2)
+    spread = v.var(2)                                        # (T, N, d)
     return {"error": error, "disagreement": spread}.get(method, spread * error).sum(-1)
 
 
@@ -478,8 +476,8 @@ def curiosity(cfg, method, predictor, features, roll, carry):
     """The intrinsic reward of each step (T, N). Adds what the predictor's update needs: targets,
     memories before each step, last actions and z (not cleared where an episode starts [code])."""
     z = features(roll["obs"])                                                  # (T + 1, N, d)
-    last_action = torch.cat([carry["action"][None], roll["action"]])
-    last_z = torch.cat([carry["z"][None], z[:-1]])
+    last_action = torch.cat([carry["action"][None], roll["action"]])           # (T + 1, N)
+    last_z = torch.cat([carry["z"][None], z[:-1]])           # (T + 1, N, d)
     memory = carry["predictor_memory"].clone()
     v, after = predictor(roll["obs"], memory, roll["first"], last_action, last_z)
     gamma_z = 0.0 if method in RND or method == "no_future" else cfg.gamma_z   # 0: G = z
@@ -499,7 +497,7 @@ def update(cfg, agent, predictor, adam, roll, loss_function):
     parts = {name: x[:T].unflatten(0, (T // L, L)).transpose(0, 1).flatten(1, 2)
              for name, x in roll.items()}                                      # (L, T / L * N, ..)
     for _ in range(cfg.epochs):
-        order = torch.randperm(T // L * N, device=roll["obs"].device)
+        order = torch.randperm(T // L * N, device=roll["obs"].device)          # of segments
         for index in order.split(cfg.minibatch // L):
             batch = {name: x[:, index] for name, x in parts.items()}           # (L, B, ..)
             logits, value, _ = agent(batch["obs"], batch["memory"][0], batch["first"])
@@ -536,10 +534,10 @@ def train(cfg, run, method):
         roll = collect(cfg, env, agent, carry)
         bonus = curiosity(cfg, method, predictor, features, roll, carry)
         reward = roll["reward"] + bonus
-        if not lock:
-            reward = reward.clamp(-1, 1)                     # [code], on MiniGrid
+        reward = reward if lock else reward.clamp(-1, 1)     # [code]
         roll["return"] = td_returns(reward, roll["value"], roll["done"], 0.99, 0.95)
         roll["advantage"] = roll["return"] - roll["value"][:-1]
+        # UPDATE
         update(cfg, agent, predictor, adam, roll, loss_function)
         # LOG
         if (step + 1) % cfg.log_every == 0 or step + 1 == updates:
@@ -552,7 +550,7 @@ def train(cfg, run, method):
 
 
 def experiment(cfg, run):
-    """Train all methods with one seed -> {"headline": {..}, "curves": {method: rows}}."""
+    """Train all methods with one seed -> {"headline": {name: number}, ..}."""
     methods = cfg.methods.split(",")
     curves, head = {method: train(cfg, run, method) for method in methods}, {}
     for method, rows in curves.items():
@@ -578,52 +576,51 @@ COLOURS = {"rcgvf": "#0072B2", "rnd": "#E69F00", "ppo": "#777777", "no_future": 
            "error": "#009E73", "disagreement": "#56B4E9", "rnd4": "#D55E00"}
 
 
-def lines(axis, seeds, key, best, title):
-    """`key` over frames: a thin line a seed, and their thick mean, for each method."""
-    for method, rows in seeds[0]["curves"].items():
-        frames = [row["frames"] / 1000 for row in rows]
-        curves = torch.tensor([[row[key] for row in seed["curves"][method]] for seed in seeds])
-        axis.plot(frames, curves.T.tolist(), color=COLOURS[method], lw=0.6, alpha=0.5)
-        axis.plot(frames, curves.mean(0).tolist(), color=COLOURS[method], lw=2, label=method)
-    axis.axhline(best, color="k", ls="--", lw=1, label="most")
-    axis.set(xlabel="thousand frames", ylabel=key, title=title)
+def lines(axis, x, curves, colour, label, style="-"):
+    """curves (seeds, points): a thin line a seed, and their thick mean."""
+    axis.plot(x, torch.tensor(curves).T.tolist(), style, color=colour, lw=0.6, alpha=0.5)
+    axis.plot(x, torch.tensor(curves).mean(0).tolist(), style, color=colour, lw=2, label=label)
 
 
 def plot(summary, path):
     """Three panels of the lock, or two of MiniGrid, from the summary alone."""
     from matplotlib.figure import Figure                     # no pyplot: no backend, no state
-    seeds, lock = summary["per_seed"], summary["config"]["env"] == "lock"
-    figure = Figure((14 if lock else 10, 4.2), layout="constrained")
+    seeds, cfg = summary["per_seed"], summary["config"]
+    lock, rooms = cfg["env"] == "lock", re.findall(r"\d+", cfg["env"])
+    figure = Figure((12 if lock else 8, 4.2), layout="constrained")
     a, b, *c = figure.subplots(1, 3 if lock else 2)
-    if lock:
-        lines(a, seeds, "farthest", summary["config"]["horizon"], "(a) Farthest column")
-        lines(b, seeds, "greedy", 9, "(b) Return of the greedy policy")
-        for place, method in enumerate(seeds[0]["curves"]):
-            values = [seed["headline"][f"{method}_mean_column"] for seed in seeds]
-            c[0].plot([place] * len(values), values, "o", color=COLOURS[method], alpha=0.6)
-            c[0].plot(place, statistics.fmean(values), "_", color="k", ms=24)
-        c[0].set_xticks(range(len(seeds[0]["curves"])), seeds[0]["curves"], rotation=20)
-        c[0].set(ylabel="mean farthest column", title="(c) Mean of (a) over the run")
-    else:
-        lines(a, seeds, "return", 1, f"(a) {summary['config']['env']}: mean return")
-        rooms = re.findall(r"\d+", summary["config"]["env"])[0]
-        lines(b, seeds, "doors", int(rooms) - 1, "(b) Doors open at an episode's end")
+    keys = ("farthest", "greedy") if lock else ("return", "doors")
+    most = (cfg["horizon"], 9) if lock else (1, int(rooms[0]) - 1)
+    titles = ("Farthest column", "Greedy return") if lock else ("Return", "Open doors")
+    for letter, axis, key, best, title in zip("ab", (a, b), keys, most, titles):
+        for method, rows in seeds[0]["curves"].items():
+            curves = [[row[key] for row in seed["curves"][method]] for seed in seeds]
+            lines(axis, [row["frames"] / 1000 for row in rows], curves, COLOURS[method], method)
+        axis.axhline(best, color="k", ls="--", lw=1, label="most")
+        axis.set(xlabel="thousand frames", title=f"({letter}) {title}")
+    for method in seeds[0]["curves"] if lock else ():
+        values = [seed["headline"][f"{method}_mean_column"] for seed in seeds]
+        c[0].plot([method] * len(values), values, "o", color=COLOURS[method], alpha=0.6)
+        c[0].plot(method, statistics.fmean(values), "_", color="k", ms=24)
+        c[0].set_title("(c) Mean of (a) over the run")
+        c[0].tick_params("x", rotation=20)
     a.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 # ---- 8. RUN ------------------------------------------------------------------------------------
-# Command line, seeds, checkpoints, summary: the same text in every script. It uses Config (with
-# seed, num_seeds, log_every, save_every), PRESETS, plot(summary, path), BESIDE {name: text} and
-# experiment(cfg, run) -> {"headline": {name: number}, ..}.
+# Command line, seeds, checkpoints, summary: the same text in every script. It uses Config (int,
+# float, bool and str fields; seed, num_seeds, log_every, save_every among them), PRESETS, BESIDE
+# {name: text}, plot(summary, path), experiment(cfg, run) -> {"headline": {name: number}, ..}.
 
 
 class Run:
     """One seed, as `experiment` sees it: the device, steps that are saved, a log."""
 
-    def __init__(self, cfg, seed, folder, device, compiled):
+    def __init__(self, cfg, seed, folder, device, compiled=None):
         self.seed, self.folder, self.save_every = seed, folder, cfg.save_every
         self.device, self.rows, self.stage, self.start = device, [], None, time.time()
+        compiled = device.type == "cuda" if compiled is None else compiled
         self.compile = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
         self.random = [torch] + [getattr(torch, device.type)] * (device.type != "cpu")
         torch.manual_seed(seed)
@@ -632,7 +629,7 @@ class Run:
         """Yield the numbers of the steps still to do, and save after each `save_every` of them.
 
         stage: a name of its own. state: all modules, optimisers and tensors that a step changes.
-        A run that goes on starts at the top, and each stage gets back what its own file holds.
+        A run that goes on starts at the top; each stage gets back what its file has: one Config.
         """
         file, first, self.stage = self.folder / f"seed{self.seed}-{stage}.pt", 0, stage
         if file.exists():
@@ -640,8 +637,8 @@ class Run:
                 saved = torch.load(file, self.device, weights_only=True)
             except Exception as error:                       # a damaged file raises almost any
                 sys.exit(f"{file} is damaged; without it, its stage starts anew ({error})")
-            first, self.rows = saved["step"], saved["rows"]
-            self.start = time.time() - saved["seconds"]
+            first, self.rows = saved["step"], saved["rows"]  # the log as it was then
+            self.start = time.time() - saved["seconds"]      # the pause does not count
             for name, x in state.items():
                 if hasattr(x, "load_state_dict"):
                     x.load_state_dict(saved["state"][name])
@@ -650,7 +647,7 @@ class Run:
             for module, numbers in zip(self.random, saved["random"]):
                 module.set_rng_state(numbers.cpu())
         self.bar = tqdm(range(first, total), f"seed {self.seed} {stage}", total, initial=first,
-                        disable=not sys.stderr.isatty())
+                        disable=not sys.stderr.isatty())     # a file gets lines instead
         for self.step in self.bar:
             yield self.step
             if (self.step + 1) % self.save_every == 0 or self.step + 1 == total:
@@ -680,18 +677,16 @@ def parse(argv):
     """Command line -> (Config, other options): a preset first, explicit options on top."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.error = lambda text: sys.exit(f"{parser.prog}: error: {text}")
+    parser.error = lambda text: sys.exit(f"{parser.prog}: error: {text}")      # one line
     add, switch, folder = parser.add_argument, argparse.BooleanOptionalAction, pathlib.Path
-    there = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    there = [kind for kind in ("cuda", "cpu", "mps") if getattr(torch, kind).is_available()]
     add("--preset", choices=PRESETS, default="quick", help="defaults of the options below")
     add("--device", choices=there, default=there[0], help="where to compute [the first]")
     add("--compile", action=switch, help="torch.compile the hot functions [on CUDA]")
     add("--out", type=folder, metavar="FOLDER", help="of the run [a new one in runs/]")
     add("--resume", type=folder, metavar="FOLDER", help="go on with the run in this folder")
     add("--replot", type=folder, metavar="FOLDER", help="draw the figure of this run again")
-    for name, default in asdict(Config()).items():
-        if type(default) not in (int, float, bool, str):
-            parser.error(f"the default of Config.{name} must be an int, float, bool or str")
+    for name, default in asdict(Config()).items():           # each field is an option
         values = "".join(f"; {key} {own[name]}" for key, own in PRESETS.items() if name in own)
         kind = {"action": switch} if type(default) is bool else {"type": type(default)}
         add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
@@ -699,21 +694,34 @@ def parse(argv):
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", pathlib.Path(__file__).name, *argv])
-    if (args.resume or args.replot) and len(argv) > 2:
+    if (args.resume or args.replot) and sum(word.startswith("-") for word in argv) > 1:
         parser.error("--resume and --replot take all settings from their folder")
     own = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
     try:
         if args.replot:
-            json.loads((args.replot / "summary.json").read_text())
+            json.loads((args.replot / "summary.json").read_text())             # is it there?
         if args.resume:
             saved = json.loads((args.resume / "config.json").read_text())
             own, args = saved.pop("config"), argparse.Namespace(**{**vars(args), **saved})
-        cfg = Config(**{**PRESETS[args.preset], **own})
+        cfg = Config(**{**PRESETS[args.preset], **own})      # its own checks
     except (OSError, ValueError, TypeError, KeyError) as error:
         parser.error(error)
     if min(cfg.num_seeds, cfg.log_every, cfg.save_every) < 1:
         parser.error("--num-seeds, --log-every and --save-every must be at least 1")
     return cfg, args
+
+
+def new_folder(name, cfg, args):
+    """Make the folder of a new run, with its configuration: nothing is ever overwritten."""
+    new = (pathlib.Path("runs", name, f"{args.preset}-{n}") for n in range(1, 10**9))
+    folder = args.out or next(path for path in new if not path.exists())
+    try:
+        folder.mkdir(parents=True)                           # only one run can make it
+        saved = {key: vars(args)[key] for key in ("preset", "command", "device", "compile")}
+        (folder / "config.json").write_text(json.dumps(saved | {"config": asdict(cfg)}))
+    except OSError as error:
+        sys.exit(f"{error}; a run that is there goes on with --resume")
+    return folder
 
 
 def interval(values):
@@ -740,25 +748,17 @@ def main(argv=None):
     cfg, args = parse(argv)
     if args.replot:
         return show(args.replot)
-    name, device, folder = pathlib.Path(__file__).stem, torch.device(args.device), args.resume
+    name, device = pathlib.Path(__file__).stem, torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
         torch.set_float32_matmul_precision("high")                             # TF32
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    rank, world = 0, 1
+    rank, world = 0, 1                                       # which process, of how many
     if torch.distributed.is_torchelastic_launched():         # torchrun keeps a store of keys
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = torch.distributed.TCPStore(*address, timeout=datetime.timedelta(days=30))
-    if rank == 0 and not folder:
-        new = (pathlib.Path("runs", name, f"{args.preset}-{n}") for n in range(1, 10**9))
-        folder = args.out or next(path for path in new if not path.exists())
-        try:
-            folder.mkdir(parents=True)                       # only one run can make it
-            saved = {key: vars(args)[key] for key in ("preset", "command", "device", "compile")}
-            (folder / "config.json").write_text(json.dumps(saved | {"config": asdict(cfg)}))
-        except OSError as error:
-            sys.exit(f"{error}; a run that is there goes on with --resume")
+    if rank == 0:
+        folder = args.resume or new_folder(name, cfg, args)
     if world > 1:
         if rank == 0:
             store.set("folder", str(folder))
@@ -766,9 +766,9 @@ def main(argv=None):
     print(f"{name} {args.preset} on {device}, torch {torch.__version__}, into {folder}")
     seeds, results, run = list(range(cfg.seed, cfg.seed + cfg.num_seeds)), {}, None
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            for seed in seeds[rank::world]:
-                run = Run(cfg, seed, folder, device, compiled)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):          # the caller's go on
+            for seed in seeds[rank::world]:                  # the share of this process
+                run = Run(cfg, seed, folder, device, args.compile)
                 results[seed] = experiment(cfg, run) | {"minutes": (time.time() - run.start) / 60}
     except KeyboardInterrupt:
         sys.exit(f"stopped; --resume {folder} goes on from the last checkpoint")
@@ -779,12 +779,12 @@ def main(argv=None):
             (folder / "config.json").unlink()
             folder.rmdir()
         sys.exit(f"{name}: error: {error}")
-    for seed in results if world > 1 else ():
-        store.set(f"seed{seed}", json.dumps(results[seed]))
+    if world > 1:                                            # the first process gathers all
+        for seed in results:
+            store.set(f"seed{seed}", json.dumps(results[seed]))
+        results = {seed: json.loads(store.get(f"seed{seed}")) for seed in seeds if rank == 0}
     if rank == 0:
-        if world > 1:
-            results = {seed: json.loads(store.get(f"seed{seed}")) for seed in seeds}
-        heads = [results[s]["headline"] for s in seeds]
+        heads = [results[s]["headline"] for s in seeds]      # {name: number} each
         (folder / "summary.json").write_text(json.dumps({
             "headline": {key: interval([head[key] for head in heads]) for key in heads[0]},
             "seeds": seeds, "per_seed": [results[s] for s in seeds], "config": asdict(cfg),

@@ -36,18 +36,17 @@ SYMBOLS, in the code, shape or meaning
   h, c         layers           state of each layer, a pair of (B, I, O, N); N = 16 numbers an LSTM
   m_i, m_o     below, above     messages from below (B, I) and above (B, O): one number each
 
-RESULT (quick: seeds 0-4, mean [95 % t interval], 2.9 minutes a seed on one core)
-  New data sets, 200 examples each: 5 classes 0.937 [0.931, 0.942], 10 classes 0.923 [0.914, 0.932];
-  meta-trained on one data set without projections (n = 3), the same: 0.937, 0.925.
-  10 classes, minus SGD of the best rate: first 20 0.104 [0.090, 0.118], last 50
-  -0.031 [-0.046, -0.016]. Running class means, 8 lines, are better by 0.031 [0.022, 0.040]; in the
-  first 20 by 0.013 [0.004, 0.023]. Meta RNN: seen 0.997, new 0.202; chance 0.2. Clone minus
-  backpropagation, last 50: 0.000, two layers -0.002 [-0.011, 0.006]; same predictions 0.997, 0.981.
+RESULT (quick: seeds 0-4, mean [95 % t interval], 2.9 minutes a seed on one core; `paper`: not run)
+  New data sets, 200 examples each: 5 classes 0.937 [0.931, 0.942], 10 classes 0.923 [0.914, 0.932].
+  10 classes, minus SGD of the best rate: first 20 0.104 [0.090, 0.118], last 50 -0.031 [-0.046,
+  -0.016]; class means, 8 lines, minus VSML 0.031 [0.022, 0.040], first 20 0.013 [0.004, 0.023].
+  Meta RNN: seen 0.997, new 0.202; chance 0.2. Clone minus backpropagation, last 50: 0.000, two
+  layers -0.002 [-0.011, 0.006]; same predictions 0.997, 0.981.
 
 DIFFERS
-  1. quick: made-up images, lifetimes of 50, mode B, BPTT. `paper`, not run: paper's sizes, ES, A.
-     Ours: falling rates, first values not truncated, half of lifetimes projected anew (code: 64
-     fixed projections), a Meta RNN of 64 units, how to train the clone, class means.
+  1. quick: made-up images, lifetimes of 50, mode B, BPTT; `paper`: the paper's sizes, ES, A. Ours:
+     falling rates, first values not truncated, half of lifetimes projected anew (code: 64 fixed
+     projections), a Meta RNN of 64 units, how to train the clone, class means.
   2. A message is one number (paper: 8; in one layer the other seven are never heard). Means for the
      paper's sums, as in its code; sums in cloning. SGD, Adam: rates chosen on the test itself.
   3. Left out: LayerNorm, convolution, meta-learned grids of several layers, other baselines.
@@ -83,7 +82,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; each comment is the option's --help. [code]: official repository."""
+    """All settings of a run; each comment is the option's --help. [code: x]: the release has x."""
     data: str = "fields"           # to meta-train on: fields, made up, or image files: mnist, ...
     test: str = ""                 # image files to meta-test on, too: mnist,fashion_mnist
     data_dir: str = "data"         # folder with mnist/ and so on, IDX files
@@ -312,6 +311,7 @@ def train(cfg, run, stage, model, steps, loss_of, rate, clip=1.0, beta2=0.999, *
     leaves a gradient in .grad itself; state: tensors that it changes in place."""
     adam = torch.optim.Adam(model.parameters(), betas=(0.9, beta2), fused=True)
     for step in run.steps(stage, steps, model=model, adam=adam, **state):
+        # META UPDATE
         adam.param_groups[0]["lr"] = rate * min(1, 2 * (1 - step / steps) + 0.05)
         adam.zero_grad()
         loss = loss_of(step)
@@ -330,7 +330,6 @@ def meta_train(cfg, run, stage, model, sample, optimizer, rate):
         # COLLECT
         x, y = sample(cfg.batch, cfg.length)
         x, targets = project(x, cfg.projected), F.one_hot(y, cfg.classes).float()
-        # INNER LOOP, META GRADIENT
         if optimizer == "es":
             return es_gradient(model, x, targets, cfg.chunk)
         return cross_entropy(model(x, targets), targets)
@@ -467,7 +466,7 @@ def evaluate_clone(cfg, rule, device):
 
 
 def experiment(cfg, run):
-    """One seed: meta-train, clone, meta-test -> {"headline": {..}, ..}."""
+    """Meta-train, clone, meta-test with one seed -> {"headline": {name: number}, ..}."""
     device, shape = run.device, (cfg.lifetimes, cfg.test_length)
     torch.manual_seed(run.seed)
     sample = partial(sample_fields, make_fields(1, cfg.classes, cfg.side, device))
@@ -482,7 +481,6 @@ def experiment(cfg, run):
     meta_train(cfg, run, "meta-rnn", rnn, sample, "bptt", 0.01)     # best of four, seeds 10-12
     clone_synapses(cfg, run, clone)
     clone_grids(cfg, run, clone)
-
     def new(side, C, projected=0):                           # a data set of its own a lifetime
         x, y = sample_fields(make_fields(cfg.lifetimes, C, side, device), *shape)
         return project(x, projected), y, C
@@ -499,42 +497,40 @@ def experiment(cfg, run):
 def headline(scores, clones):
     """-> {name: number}; of the first twenty only where lifetimes have as many."""
     vsml, means, sgd = (scores["10 classes"][name] for name in ("VSML", "class means", "SGD"))
-    numbers = {"new_5class_accuracy": scores["new"]["VSML"]["all"],
+    head = {"new_5class_accuracy": scores["new"]["VSML"]["all"],
                "new_10class_accuracy": vsml["all"]}
     for key, part in (("all", ""), ("first20", "_first20"), ("late", "_late")):
         if key in vsml:
-            numbers[f"new_10class{part}_minus_best_sgd"] = vsml[key] - sgd[key]
-            numbers[f"new_10class{part}_class_means_minus_vsml"] = means[key] - vsml[key]
-    numbers |= {f"meta_rnn_{test}": scores[test]["Meta RNN"]["all"]
+            head[f"new_10class{part}_minus_best_sgd"] = vsml[key] - sgd[key]
+            head[f"new_10class{part}_class_means_minus_vsml"] = means[key] - vsml[key]
+    head |= {f"meta_rnn_{test}": scores[test]["Meta RNN"]["all"]
                 for test in ("seen", "new") if "Meta RNN" in scores[test]}
     for layers, row in clones.items():
-        numbers[f"clone_minus_backprop_{layers}"] = row["clone"]["late"] - row["true"]["late"]
-        numbers[f"clone_agreement_{layers}"] = row["agreement"]
-    return numbers
+        head[f"clone_minus_backprop_{layers}"] = row["clone"]["late"] - row["true"]["late"]
+        head[f"clone_agreement_{layers}"] = row["agreement"]
+    return head
 
 
 BESIDE = {"new_5class_accuracy": "chance 0.2", "clone_agreement_1layer": "backpropagation 1"}
 
 # ---- 7. FIGURE ---------------------------------------------------------------------------------
 
-COLOURS = {"VSML": "#0072B2", "class means": "#000000", "SGD": "#E69F00", "Adam": "#56B4E9",
+COLOURS = {"VSML": "#0072B2", "class means": "#009E73", "SGD": "#E69F00", "Adam": "#56B4E9",
            "Meta RNN": "#D55E00"}
 
 
 def lines(axis, x, curves, colour, label, style="-"):
     """curves (seeds, points): a thin line a seed, and their thick mean."""
-    curves = torch.tensor(curves)
-    axis.plot(x, curves.T.tolist(), style, color=colour, lw=0.6, alpha=0.5)
-    axis.plot(x, curves.mean(0).tolist(), style, color=colour, lw=2, label=label)
+    axis.plot(x, torch.tensor(curves).T.tolist(), style, color=colour, lw=0.6, alpha=0.5)
+    axis.plot(x, torch.tensor(curves).mean(0).tolist(), style, color=colour, lw=2, label=label)
 
 
 def plot(summary, path):
     """Four panels from the summary alone."""
     from matplotlib.figure import Figure                     # no pyplot: no backend, no state
-    figure = Figure((13, 9), layout="constrained")
+    figure = Figure((12, 8.4), layout="constrained")
     a, b, c, d = figure.subplots(2, 2).flat
-    seeds = summary["per_seed"]
-    tests = seeds[0]["tests"]
+    seeds, tests = summary["per_seed"], summary["per_seed"][0]["tests"]
     tens = [10 * n + 5 for n in range(len(tests["new"]["VSML"]["curve"]))]
     for n, (name, colour) in enumerate(COLOURS.items()):
         bars = [(place + 0.16 * n, [seed["tests"][test][name]["all"] for seed in seeds])
@@ -546,7 +542,7 @@ def plot(summary, path):
             lines(a, tens, [row["curve"] for row in rows], colour, name)
             lines(c, range(10), [row["p"] for row in rows], colour, name)
     b.set_xticks([place + 0.32 for place in range(len(tests))], list(tests), rotation=20)
-    for layers, colour in (("1layer", "#009E73"), ("2layers", "#CC79A7")):
+    for layers, colour in (("1layer", "#8B5A2B"), ("2layers", "#CC79A7")):
         rows = [seed["clones"][layers] for seed in seeds]
         same = statistics.fmean(row["agreement"] for row in rows)
         true, clone = ([row[key]["curve"] for row in rows] for key in ("true", "clone"))
@@ -563,17 +559,18 @@ def plot(summary, path):
 
 
 # ---- 8. RUN ------------------------------------------------------------------------------------
-# Command line, seeds, checkpoints, summary: the same text in every script. It uses Config (with
-# seed, num_seeds, log_every, save_every), PRESETS, plot(summary, path), BESIDE {name: text} and
-# experiment(cfg, run) -> {"headline": {name: number}, ..}.
+# Command line, seeds, checkpoints, summary: the same text in every script. It uses Config (int,
+# float, bool and str fields; seed, num_seeds, log_every, save_every among them), PRESETS, BESIDE
+# {name: text}, plot(summary, path), experiment(cfg, run) -> {"headline": {name: number}, ..}.
 
 
 class Run:
     """One seed, as `experiment` sees it: the device, steps that are saved, a log."""
 
-    def __init__(self, cfg, seed, folder, device, compiled):
+    def __init__(self, cfg, seed, folder, device, compiled=None):
         self.seed, self.folder, self.save_every = seed, folder, cfg.save_every
         self.device, self.rows, self.stage, self.start = device, [], None, time.time()
+        compiled = device.type == "cuda" if compiled is None else compiled
         self.compile = (lambda f: torch.compile(f, dynamic=False)) if compiled else (lambda f: f)
         self.random = [torch] + [getattr(torch, device.type)] * (device.type != "cpu")
         torch.manual_seed(seed)
@@ -582,7 +579,7 @@ class Run:
         """Yield the numbers of the steps still to do, and save after each `save_every` of them.
 
         stage: a name of its own. state: all modules, optimisers and tensors that a step changes.
-        A run that goes on starts at the top, and each stage gets back what its own file holds.
+        A run that goes on starts at the top; each stage gets back what its file has: one Config.
         """
         file, first, self.stage = self.folder / f"seed{self.seed}-{stage}.pt", 0, stage
         if file.exists():
@@ -590,8 +587,8 @@ class Run:
                 saved = torch.load(file, self.device, weights_only=True)
             except Exception as error:                       # a damaged file raises almost any
                 sys.exit(f"{file} is damaged; without it, its stage starts anew ({error})")
-            first, self.rows = saved["step"], saved["rows"]
-            self.start = time.time() - saved["seconds"]
+            first, self.rows = saved["step"], saved["rows"]  # the log as it was then
+            self.start = time.time() - saved["seconds"]      # the pause does not count
             for name, x in state.items():
                 if hasattr(x, "load_state_dict"):
                     x.load_state_dict(saved["state"][name])
@@ -600,7 +597,7 @@ class Run:
             for module, numbers in zip(self.random, saved["random"]):
                 module.set_rng_state(numbers.cpu())
         self.bar = tqdm(range(first, total), f"seed {self.seed} {stage}", total, initial=first,
-                        disable=not sys.stderr.isatty())
+                        disable=not sys.stderr.isatty())     # a file gets lines instead
         for self.step in self.bar:
             yield self.step
             if (self.step + 1) % self.save_every == 0 or self.step + 1 == total:
@@ -630,18 +627,16 @@ def parse(argv):
     """Command line -> (Config, other options): a preset first, explicit options on top."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.error = lambda text: sys.exit(f"{parser.prog}: error: {text}")
+    parser.error = lambda text: sys.exit(f"{parser.prog}: error: {text}")      # one line
     add, switch, folder = parser.add_argument, argparse.BooleanOptionalAction, pathlib.Path
-    there = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    there = [kind for kind in ("cuda", "cpu", "mps") if getattr(torch, kind).is_available()]
     add("--preset", choices=PRESETS, default="quick", help="defaults of the options below")
     add("--device", choices=there, default=there[0], help="where to compute [the first]")
     add("--compile", action=switch, help="torch.compile the hot functions [on CUDA]")
     add("--out", type=folder, metavar="FOLDER", help="of the run [a new one in runs/]")
     add("--resume", type=folder, metavar="FOLDER", help="go on with the run in this folder")
     add("--replot", type=folder, metavar="FOLDER", help="draw the figure of this run again")
-    for name, default in asdict(Config()).items():
-        if type(default) not in (int, float, bool, str):
-            parser.error(f"the default of Config.{name} must be an int, float, bool or str")
+    for name, default in asdict(Config()).items():           # each field is an option
         values = "".join(f"; {key} {own[name]}" for key, own in PRESETS.items() if name in own)
         kind = {"action": switch} if type(default) is bool else {"type": type(default)}
         add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **kind,
@@ -649,21 +644,34 @@ def parse(argv):
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", pathlib.Path(__file__).name, *argv])
-    if (args.resume or args.replot) and len(argv) > 2:
+    if (args.resume or args.replot) and sum(word.startswith("-") for word in argv) > 1:
         parser.error("--resume and --replot take all settings from their folder")
     own = {name: value for name, value in vars(args).items() if hasattr(Config, name)}
     try:
         if args.replot:
-            json.loads((args.replot / "summary.json").read_text())
+            json.loads((args.replot / "summary.json").read_text())             # is it there?
         if args.resume:
             saved = json.loads((args.resume / "config.json").read_text())
             own, args = saved.pop("config"), argparse.Namespace(**{**vars(args), **saved})
-        cfg = Config(**{**PRESETS[args.preset], **own})
+        cfg = Config(**{**PRESETS[args.preset], **own})      # its own checks
     except (OSError, ValueError, TypeError, KeyError) as error:
         parser.error(error)
     if min(cfg.num_seeds, cfg.log_every, cfg.save_every) < 1:
         parser.error("--num-seeds, --log-every and --save-every must be at least 1")
     return cfg, args
+
+
+def new_folder(name, cfg, args):
+    """Make the folder of a new run, with its configuration: nothing is ever overwritten."""
+    new = (pathlib.Path("runs", name, f"{args.preset}-{n}") for n in range(1, 10**9))
+    folder = args.out or next(path for path in new if not path.exists())
+    try:
+        folder.mkdir(parents=True)                           # only one run can make it
+        saved = {key: vars(args)[key] for key in ("preset", "command", "device", "compile")}
+        (folder / "config.json").write_text(json.dumps(saved | {"config": asdict(cfg)}))
+    except OSError as error:
+        sys.exit(f"{error}; a run that is there goes on with --resume")
+    return folder
 
 
 def interval(values):
@@ -690,25 +698,17 @@ def main(argv=None):
     cfg, args = parse(argv)
     if args.replot:
         return show(args.replot)
-    name, device, folder = pathlib.Path(__file__).stem, torch.device(args.device), args.resume
+    name, device = pathlib.Path(__file__).stem, torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
         torch.set_float32_matmul_precision("high")                             # TF32
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    rank, world = 0, 1
+    rank, world = 0, 1                                       # which process, of how many
     if torch.distributed.is_torchelastic_launched():         # torchrun keeps a store of keys
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = torch.distributed.TCPStore(*address, timeout=datetime.timedelta(days=30))
-    if rank == 0 and not folder:
-        new = (pathlib.Path("runs", name, f"{args.preset}-{n}") for n in range(1, 10**9))
-        folder = args.out or next(path for path in new if not path.exists())
-        try:
-            folder.mkdir(parents=True)                       # only one run can make it
-            saved = {key: vars(args)[key] for key in ("preset", "command", "device", "compile")}
-            (folder / "config.json").write_text(json.dumps(saved | {"config": asdict(cfg)}))
-        except OSError as error:
-            sys.exit(f"{error}; a run that is there goes on with --resume")
+    if rank == 0:
+        folder = args.resume or new_folder(name, cfg, args)
     if world > 1:
         if rank == 0:
             store.set("folder", str(folder))
@@ -716,9 +716,9 @@ def main(argv=None):
     print(f"{name} {args.preset} on {device}, torch {torch.__version__}, into {folder}")
     seeds, results, run = list(range(cfg.seed, cfg.seed + cfg.num_seeds)), {}, None
     try:
-        with torch.random.fork_rng(range(torch.cuda.device_count())):
-            for seed in seeds[rank::world]:
-                run = Run(cfg, seed, folder, device, compiled)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):          # the caller's go on
+            for seed in seeds[rank::world]:                  # the share of this process
+                run = Run(cfg, seed, folder, device, args.compile)
                 results[seed] = experiment(cfg, run) | {"minutes": (time.time() - run.start) / 60}
     except KeyboardInterrupt:
         sys.exit(f"stopped; --resume {folder} goes on from the last checkpoint")
@@ -729,12 +729,12 @@ def main(argv=None):
             (folder / "config.json").unlink()
             folder.rmdir()
         sys.exit(f"{name}: error: {error}")
-    for seed in results if world > 1 else ():
-        store.set(f"seed{seed}", json.dumps(results[seed]))
+    if world > 1:                                            # the first process gathers all
+        for seed in results:
+            store.set(f"seed{seed}", json.dumps(results[seed]))
+        results = {seed: json.loads(store.get(f"seed{seed}")) for seed in seeds if rank == 0}
     if rank == 0:
-        if world > 1:
-            results = {seed: json.loads(store.get(f"seed{seed}")) for seed in seeds}
-        heads = [results[s]["headline"] for s in seeds]
+        heads = [results[s]["headline"] for s in seeds]      # {name: number} each
         (folder / "summary.json").write_text(json.dumps({
             "headline": {key: interval([head[key] for head in heads]) for key in heads[0]},
             "seeds": seeds, "per_seed": [results[s] for s in seeds], "config": asdict(cfg),

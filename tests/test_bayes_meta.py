@@ -277,9 +277,9 @@ def test_headline_says_what_the_histories_say():
     head, coin = found["headline"], found["families"]["coin"]
     lost = {stage: player["history"][-1]["lost"] for stage, player in found["players"].items()}
     assert head["coin_kl"] == coin["history"][-1]["kl"] != coin["history"][0]["kl"]
-    assert head["thompson_return"] == M.bandit_values(5, None)[1] - lost["imitation"]
-    assert head["bandit_gap_sampled"] == lost["bandit"]
-    assert head["known_arm_return_sampled"] == M.bandit_values(5, 0.55)[1] - lost["known_arm"]
+    assert head["imitation_return"] == M.bandit_values(5, None)[1] - lost["imitation"]
+    assert head["bandit_return_lost"] == lost["bandit"]
+    assert head["known_arm_return"] == M.bandit_values(5, 0.55)[1] - lost["known_arm"]
 
 
 def test_bad_options_are_refused():

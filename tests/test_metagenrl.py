@@ -189,7 +189,7 @@ def test_the_learned_loss_reaches_phi_through_pi_alone():
 
 @pytest.mark.parametrize("aids", [True, False], ids=["clipped inner step", "plain inner step"])
 def test_the_meta_gradient_by_finite_differences(aids):
-    cfg = replace(TINY, aids=aids, inner_rate=0.5, sequences=3)
+    cfg = replace(TINY, aids=aids, inner_rate=0.5, batch=3)
     agents = [an_agent(cfg) for _ in range(2)]
     agent, L = agents[0][:2]
     phi, theta = ({k: torch.stack([x[i][k].detach() for x in agents]).requires_grad_() for k in agents[0][i]}
@@ -246,7 +246,7 @@ def test_scores_by_hand(monkeypatch):
         monkeypatch.setattr(M, name, function)
     head = M.experiment(TINY, Alone())["headline"]
     expected = {"score_seen": 0.75, "score_unseen": 0.75, "negated_score": -1, "reinforce_score": 0.5,
-                "no_value_score_pendulum": 0.25, "distance_ratio_unseen": 2, "wins_over_untrained": 1,
+                "no_value_score_pendulum": 0.25, "L_score": 0.75, "wins_over_untrained": 1,
                 "cosine_reinforce": 0.3}
     assert {key: head[key] for key in expected} == pytest.approx(expected)
 

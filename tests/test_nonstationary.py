@@ -245,7 +245,7 @@ def trained_regret(seed, source, steps):
     x, theta, _ = N.sample_source("lin", 1000, 16, CPU)
     torch.manual_seed(seed)
     run = Alone()
-    N.train(cfg, run, f"lstm:{source}", (x, theta))
+    N.train(cfg, run, f"lstm:{source}", x, theta)
     exact = N.step_regret(theta, N.lin_predict(x)).sum(1).mean().item()
     return run.rows[-1]["regret"] / exact
 

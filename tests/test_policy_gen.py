@@ -182,7 +182,7 @@ def test_moments_are_those_of_all_observations_also_far_from_zero(monkeypatch):
 
 def test_tests_are_of_the_same_first_states_and_draw_no_random_numbers():
     search, theta, before = P.Search(TINY, P.Reach(), CPU), torch.randn(3, 20), torch.get_rng_state()
-    torch.testing.assert_close(search.test(theta[1:2]), search.test(theta)[1:2])
+    torch.testing.assert_close(search.evaluate(theta[1:2]), search.evaluate(theta)[1:2])
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -283,7 +283,7 @@ def test_short_run_writes_policies_on_request(honest, monkeypatch):
         monkeypatch.setattr(P.Search, "add", shuffled)
     cfg, asked = P.Config(iterations=60, eval_episodes=16, log_every=1000), torch.linspace(-100, 100, 21)
     search, G, _ = P.train(cfg, Alone(), P.Reach(), "generator")
-    error = (search.test(G(asked / 200)) - asked).abs().mean().item() / 200
+    error = (search.evaluate(G(asked / 200)) - asked).abs().mean().item() / 200
     assert (error < 0.14) == honest and error > 0.01 and search.returns.max() < 100
 
 
