@@ -142,13 +142,13 @@ def sample_switches(source, batch, length, device):
         n = torch.ones(batch, device=device)                 # symbols of the current segment
         for t in range(1, length):
             switches[:, t] = torch.rand(batch, device=device) < 0.5 / n
-            n = torch.where(switches[:, t], 1, n + 1)
+            n = torch.where(switches[:, t], 1, n + 1)        # (B,)
         return switches
     depth = (length - 1).bit_length()
     switches = torch.zeros(batch, 2**depth, dtype=torch.bool, device=device)
     node = torch.ones(batch, 1, dtype=torch.bool, device=device)
     for level in range(depth):                               # all 2^level blocks of a level at once
-        cut = node & (torch.rand(node.shape, device=device) < 0.5)
+        cut = node & (torch.rand(node.shape, device=device) < 0.5)             # (B, 2^level)
         block = 2 ** (depth - level)
         switches[:, block // 2::block] |= cut
         node = cut.repeat_interleave(2, 1)                   # the halves of what was cut
@@ -477,10 +477,8 @@ class Run:
 
     def steps(self, stage, total, **state):
         """Yield the numbers of the steps still to do, and save after each `save_every` of them.
-
         stage: a name of its own. state: all modules, optimisers and tensors that a step changes.
-        A run that goes on starts at the top; each stage gets back what its file has: one Config.
-        """
+        A run that goes on starts at the top; each stage gets back what its file has: one Config."""
         file, first, self.stage = self.folder / f"seed{self.seed}-{stage}.pt", 0, stage
         if file.exists():
             try:
@@ -537,6 +535,8 @@ def parse(argv):
     add("--resume", type=folder, metavar="FOLDER", help="go on with the run in this folder")
     add("--replot", type=folder, metavar="FOLDER", help="draw the figure of this run again")
     for name, default in asdict(Config()).items():           # each field is an option
+        if type(default) not in (int, float, bool, str):
+            parser.error(f"the default of Config.{name} must be an int, float, bool or str")
         values = "".join(f"; {key} {own[name]}" for key, own in PRESETS.items() if name in own)
         kind = {"action": switch} if type(default) is bool else {"type": type(default)}
         add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **kind,

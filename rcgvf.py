@@ -32,11 +32,11 @@ SYMBOLS, in the code, shape or meaning
   z, v, G   z, v, G   (T, N, d), (T, N, K, d)   pseudo-rewards, predictions, targets
   memory    memory    (N, 2 M)                  of an LSTM of M units; (N, 0) of nets without
 
-RESULT (quick: seeds 0-4, mean [95 % t interval], 1.7 minutes a seed on one core; `paper`: not run)
-  Farthest column, mean over the run, of 16: RC-GVF 11.89 [11.01, 12.76]; more than no_future by
-  1.69 [0.85, 2.54], error 1.30 [0.33, 2.27], disagreement 2.38 [1.33, 3.43], rnd 3.27 [2.26, 4.28],
-  rnd4 2.13 [1.06, 3.20], ppo 9.06 [7.97, 10.16]. At the end 16 in all seeds, rnd 12.8. Greedy
-  return 8.0 [5.4, 10.6], rnd 1.4, ppo 0. MultiRoom, 3 seeds: .77 .70 .77, rnd .03 .77 .77, ppo 0.
+RESULT (quick: seeds 0-4, mean [95 % t interval], 1.1 minutes a seed on one core; `paper`: not run)
+  Farthest column, mean over the run, of 16: RC-GVF 11.87 [11.11, 12.62]; more than no_future by
+  1.92 [1.41, 2.43], error 1.22 [-0.56, 3.00], disagreement 2.60 [1.52, 3.69], rnd 2.86 [0.98,
+  4.75], rnd4 2.27 [0.17, 4.37], ppo 8.94 [8.21, 9.66]. At the end 16 in all seeds, rnd 14.0. Greedy
+  return 7.0 [3.7, 10.3], rnd 2.2, ppo 0. MultiRoom, 3 seeds: .77 .70 .77, rnd .03 .77 .77, ppo 0.
 
 DIFFERS
   1. quick and minigrid are small: 16 columns (paper: 100), few frames, small networks, large rates,
@@ -627,10 +627,8 @@ class Run:
 
     def steps(self, stage, total, **state):
         """Yield the numbers of the steps still to do, and save after each `save_every` of them.
-
         stage: a name of its own. state: all modules, optimisers and tensors that a step changes.
-        A run that goes on starts at the top; each stage gets back what its file has: one Config.
-        """
+        A run that goes on starts at the top; each stage gets back what its file has: one Config."""
         file, first, self.stage = self.folder / f"seed{self.seed}-{stage}.pt", 0, stage
         if file.exists():
             try:
@@ -687,6 +685,8 @@ def parse(argv):
     add("--resume", type=folder, metavar="FOLDER", help="go on with the run in this folder")
     add("--replot", type=folder, metavar="FOLDER", help="draw the figure of this run again")
     for name, default in asdict(Config()).items():           # each field is an option
+        if type(default) not in (int, float, bool, str):
+            parser.error(f"the default of Config.{name} must be an int, float, bool or str")
         values = "".join(f"; {key} {own[name]}" for key, own in PRESETS.items() if name in own)
         kind = {"action": switch} if type(default) is bool else {"type": type(default)}
         add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **kind,

@@ -404,7 +404,7 @@ def gradient_descent(x, targets, weights, network, optimizer, rate):
     learner = optimizer(weights, lr=rate)
     for t in range(x.shape[1]):
         with torch.enable_grad():
-            out = network(x[:, t], weights)
+            out = network(x[:, t], weights)                  # (B, C)
             (len(x) * cross_entropy(out, targets[:, t])).backward()            # a sum: none mix
         logits.append(out.detach())
         learner.step()
@@ -577,10 +577,8 @@ class Run:
 
     def steps(self, stage, total, **state):
         """Yield the numbers of the steps still to do, and save after each `save_every` of them.
-
         stage: a name of its own. state: all modules, optimisers and tensors that a step changes.
-        A run that goes on starts at the top; each stage gets back what its file has: one Config.
-        """
+        A run that goes on starts at the top; each stage gets back what its file has: one Config."""
         file, first, self.stage = self.folder / f"seed{self.seed}-{stage}.pt", 0, stage
         if file.exists():
             try:
@@ -637,6 +635,8 @@ def parse(argv):
     add("--resume", type=folder, metavar="FOLDER", help="go on with the run in this folder")
     add("--replot", type=folder, metavar="FOLDER", help="draw the figure of this run again")
     for name, default in asdict(Config()).items():           # each field is an option
+        if type(default) not in (int, float, bool, str):
+            parser.error(f"the default of Config.{name} must be an int, float, bool or str")
         values = "".join(f"; {key} {own[name]}" for key, own in PRESETS.items() if name in own)
         kind = {"action": switch} if type(default) is bool else {"type": type(default)}
         add("--" + name.replace("_", "-"), default=argparse.SUPPRESS, **kind,

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import tokenize
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -195,6 +196,17 @@ def test_help_explains_every_option_in_every_preset(name, capsys):
     assert "--no-compile" in shown and "smoke" in shown
 
 
+@dataclass(frozen=True)
+class Odd:
+    seed: int = 0                # first seed
+    sizes: tuple = (1, 2)        # no type of an option
+
+
+def test_a_field_of_another_type_is_refused(monkeypatch):
+    monkeypatch.setattr(importlib.import_module(SCRIPTS[0]), "Config", Odd)
+    assert "Config.sizes" in refused(SCRIPTS[0])
+
+
 @every
 def test_bad_input_gives_one_line_and_writes_nothing(name, tmp_path, monkeypatch, finished):
     monkeypatch.chdir(tmp_path)
@@ -206,6 +218,7 @@ def test_bad_input_gives_one_line_and_writes_nothing(name, tmp_path, monkeypatch
     assert "nowhere" in refused(name, "--resume", "nowhere")
     assert "nowhere" in refused(name, "--replot", "nowhere")
     assert "settings" in refused(name, "--resume", finished(name), "--seed", 3)
+    assert "settings" in refused(name, f"--resume={finished(name)}", "--seed=3")
     if not torch.cuda.is_available():
         assert "--device" in refused(name, "--device", "cuda")
     (tmp_path / "mine").mkdir()
