@@ -35,7 +35,7 @@ SYMBOLS, in the code, shape or meaning
   D_s        unexplained                 share of the variance of one state that the other leaves
   theta      theta         (B, 2)        of bandits: the probability with which each arm pays 1
   s, f       belief                      times that arm 0 has paid 1, and 0, then those of arm 1
-  Q, V       Q, V       (T, T, T, T, 2)  exact value of each arm in each belief, of the whole game
+  Q, V       Q, V       (T, T, T, T, 2)  exact value of each arm in each belief, of an episode
 
 RESULT (quick: seeds 0-4, mean [95 % t interval], 2.0 minutes a seed on one core; `paper`: not run)
   KL(Bayes || network), nats a symbol: coin 0.000035 [0.000030, 0.000039], die 0.00012, Gaussian
@@ -44,12 +44,12 @@ RESULT (quick: seeds 0-4, mean [95 % t interval], 2.0 minutes a seed on one core
   untrained, forget bias of 1, .00001 (tests): no sign of learning. The other way .211 at first,
   .088 at step 100, then 0.100 [0.057, 0.144]: why it rises is open. Returns: imitation 11.926
   [11.913, 11.939] (Thompson 11.932); actor-critic below the best 0.051 [0.045, 0.057] (greedy .066,
-  .036); one arm known 12.351 [12.343, 12.358] (best 12.384, one try 12.252, greedy 11).
+  less tried at ties .036); one arm known 12.351 [12.343, 12.358] (best 12.384, greedy 11).
 
 DIFFERS
   1. [M20] has no public code and was not read again for this: sizes and rates are ours.
   2. D_s in closed form, for the coin; [M20] fits an MLP. No D_o, fewer families, one prior each.
-  3. Actor-critic with GAE, best play of a finite game, for IMPALA and Gittins' indices.
+  3. Actor-critic with GAE, best play of a finite episode, for IMPALA and Gittins' indices.
   4. Ours: the known arm; action and reward as a one-hot of the pair; larger first input weights.
 
 RUN
@@ -90,10 +90,10 @@ class Config:
     predict_batch: int = 128             # sequences a step, B
     predict_rate: float = 5e-3           # first learning rate of a predictor
     pulls: int = 20                      # of an episode with a bandit, T
-    imitation_steps: int = 1200          # updates of the player that imitates the best arm
-    bandit_steps: int = 2500             # updates of the actor-critic, both arms unknown
-    known_arm_steps: int = 900           # updates of the actor-critic, one arm known
-    play_batch: int = 256                # episodes an update, B
+    imitation_steps: int = 1200          # steps of the player that imitates the best arm
+    bandit_steps: int = 2500             # steps of the actor-critic, both arms unknown
+    known_arm_steps: int = 900           # steps of the actor-critic, one arm known
+    play_batch: int = 256                # episodes a step, B
     play_rate: float = 5e-3              # first learning rate of a player
     width: int = 48                      # of all LSTMs, H
     sequences: int = 2000                # of a test, N
@@ -124,8 +124,8 @@ PRESETS = {
 }
 
 # ---- 2. TASKS ----------------------------------------------------------------------------------
-# Families of sequences, each with its exact Bayesian solution, in float64; then bandits. That
-# distributions check their arguments is turned off: a GPU would have to wait for it.
+# Families of sequences, each with its exact Bayesian solution, in float64; then bandits.
+# Distributions do not check their arguments: a GPU would have to wait for that.
 
 
 def before(x):
@@ -177,13 +177,13 @@ class Gaussian:
 
 FAMILIES = {"coin": Die(2), "die": Die(3), "gaussian": Gaussian()}         # a die of three faces
 
-# Bandits: arms 0 and 1 pay 1 with probability theta ~ U(0, 1). In another game theta of arm 0 is
+# Bandits: arms 0 and 1 pay 1 with probability theta ~ U(0, 1). In another task theta of arm 0 is
 # `known`, not None: to pull arm 1, worse on average, pays only through what it may teach.
 KNOWN = 0.55
 
 
 def bandit_values(T, known, policy=None, device="cpu"):
-    """Dynamic programme over all beliefs, float64 -> Q (T, T, T, T, 2), V of the whole game.
+    """Dynamic programme over all beliefs, float64 -> Q (T, T, T, T, 2), V of a whole episode.
     Q[t, s0, f0, s1]: expected reward from a pull of each arm after t pulls and from play after it:
     the best, or that of policy(belief, means) -> P(arm 0). f1 follows from t."""
     n = torch.arange(T, device=device).double()
@@ -302,9 +302,9 @@ def actor_critic_loss(model, actions, rewards, entropy_weight):
     output = model(shifted(encode_pulls(actions, rewards)))[0]                 # (B, T, 3)
     pi = D.Categorical(logits=output[..., :2], validate_args=False)
     value = 5 * output[..., 2]
-    v = F.pad(value.detach(), (0, 1))                                          # v_{T+1} = 0
+    v = F.pad(value.detach(), (0, 1))                        # v_{T+1} = 0
     t = torch.arange(actions.shape[1], device=actions.device)
-    weight = (0.9 ** (t[:, None] - t).clamp(min=0)).tril()       # weight[t + k, t] = 0.9^k
+    weight = (0.9 ** (t[:, None] - t).clamp(min=0)).tril()   # weight[t + k, t] = 0.9^k
     delta = rewards + v[:, 1:] - v[:, :-1]
     advantage = delta @ weight
     error = (value - v[:, :-1] - advantage) / 5
@@ -316,11 +316,11 @@ def actor_critic_loss(model, actions, rewards, entropy_weight):
 # ---- 5. TRAINING -------------------------------------------------------------------------------
 
 
-def train(cfg, run, stage, model, steps, rate, loss_of, probe):
-    """Meta-train the model. loss_of(progress, 0 to 1) -> loss of fresh tasks; probe() -> numbers of
+def train(cfg, run, stage, model, steps, rate, loss_of, test):
+    """Meta-train the model. loss_of(progress, 0 to 1) -> loss of fresh tasks; test() -> numbers of
     a test, by name -> history [{"step": .., name: ..}, ..], the untrained model first."""
     adam = torch.optim.Adam(model.parameters(), fused=True)
-    untrained = {"step": 0, **probe()}
+    untrained = {"step": 0, **test()}
     for step in run.steps(stage, steps, model=model, adam=adam):
         # COLLECT
         loss = loss_of(step / steps)
@@ -332,7 +332,7 @@ def train(cfg, run, stage, model, steps, rate, loss_of, probe):
         adam.step()
         # LOG
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            run.log(loss=loss.item(), **probe())
+            run.log(loss=loss.item(), **test())
     return [untrained] + [row for row in run.rows if row["stage"] == stage]
 
 
@@ -346,10 +346,10 @@ def train_predictor(cfg, run, name, test_x):
         x = family.sample(cfg.predict_batch, cfg.length, run.device)
         return loss_function(model, family, x)
 
-    def probe():
+    def test():
         more = simulation(model, family, test_x) if name == "coin" else {}
         return {"kl": kl_by_step(model, family, test_x).mean().item(), **more}
-    return model, train(cfg, run, name, model, cfg.predict_steps, cfg.predict_rate, loss_of, probe)
+    return model, train(cfg, run, name, model, cfg.predict_steps, cfg.predict_rate, loss_of, test)
 
 
 def train_player(cfg, run, stage, steps, known, Q):
@@ -363,11 +363,11 @@ def train_player(cfg, run, stage, steps, known, Q):
         more = theta.argmax(1) if stage == "imitation" else entropy_weight
         return loss_function(model, actions, rewards, more)
 
-    def probe():
-        with torch.random.fork_rng(range(torch.cuda.device_count())):  # logs change nothing
+    def test():
+        with torch.random.fork_rng(range(torch.cuda.device_count())):          # logs change nothing
             _, *episodes = play(model, cfg.sequences, cfg.pulls, known, run.device)
         return {"lost": return_lost(*episodes, Q)}
-    return model, train(cfg, run, stage, model, steps, cfg.play_rate, loss_of, probe)
+    return model, train(cfg, run, stage, model, steps, cfg.play_rate, loss_of, test)
 
 
 # ---- 6. EVALUATION -----------------------------------------------------------------------------
@@ -426,7 +426,7 @@ def experiment(cfg, run):
     head, families, players = {}, {}, {}
     for name in cfg.families.split(","):
         family = FAMILIES[name]
-        torch.manual_seed(12345)                             # the same sequences for all runs
+        torch.manual_seed(12345)                             # the same tests for all seeds
         long_x = family.sample(cfg.sequences, 4 * cfg.length, run.device)
         torch.manual_seed(run.seed)
         x = long_x[:, :cfg.length]
@@ -651,7 +651,7 @@ def main(argv=None):
     name, device = pathlib.Path(__file__).stem, torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
-        torch.set_float32_matmul_precision("high")                             # TF32
+        torch.set_float32_matmul_precision("high")           # TF32
     rank, world = 0, 1                                       # which process, of how many
     if torch.distributed.is_torchelastic_launched():         # torchrun keeps a store of keys
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -28,20 +28,20 @@ SYMBOLS, in the code, shape or meaning
   x, y        x, y                     (B, T, D), (B, T): training sets, one a row
   f_theta     model(x, y)              (B, T, C) logits; at j they see x_{<=j} and y_{<j} only
 
-RESULT (quick: seeds 0-2, mean [95 % t interval], 5.2 minutes a seed on two cores)
+RESULT (quick: seeds 0-2, mean [95 % t interval], 5.2 minutes a seed on two cores; `paper`: in part)
   Accuracy, last third of 30 examples; chance 0.1. (b) is of 3,000 steps, the others of 1,200.
   (a) 16 tasks are memorised: known 0.993 [0.989, 0.997], new 0.095; 1,024 are learned: new 0.488.
   (b) Unlimited tasks make a general learner: new tasks 0.537 [0.523, 0.551], another data set 0.577
       [0.575, 0.578]; 1-NN 0.619, 0.653; SGD 0.561, 0.543. MNIST (14 x 14, T = 100), last of 100:
       0.558 [0.498, 0.618], Fashion-MNIST 0.558; the paper 0.737, 0.622, `paper` 0.738, 0.617.
   (c) Without bursts the loss on new tasks does not fall below that of chance, ln 10.
-  (d) State counts: 2, 4, 8 examples in sight 0.132, 0.231, 0.319; all, half as wide 0.392, 0.491.
+  (d) State counts: 2, 4, 8 examples in sight 0.132, 0.231, 0.319; all 0.491, at half width 0.392.
 
 DIFFERS
   1. quick is small: glyphs of matplotlib's fonts instead of MNIST, T = 30 instead of 100.
   2. Bursts (ours, in all presets): half of the training sequences hold five images only. Without,
      or with the paper's label bias alone, a small model stays near chance for minutes.
-  3. Each set of images is normalised by itself, less pixel means; (d) limits one architecture.
+  3. Each set of images is normalised by itself, less each pixel's mean; (d) is of one architecture.
   4. Ours, as the paper's are not known: pre-norm, positions, zero read-out, Adam's settings, SGD.
 
 RUN
@@ -78,8 +78,8 @@ class Config:
     """All settings of a run; each comment is the option's --help. [paper: x]: it states x."""
     data_dir: str = ""             # folder with mnist/ and fashion_mnist/, IDX files; "": glyphs
     image_size: int = 8            # pixels a side
-    length: int = 30               # examples in a sequence, T [paper: 100]
-    batch: int = 32                # sequences in a step, B
+    length: int = 30               # examples of a sequence, T [paper: 100]
+    batch: int = 32                # sequences a step, B
     num_tasks: int = 0             # meta-training tasks, K; 0: unlimited
     burst: float = 0.5             # share of sequences made of five images only [ours]
     label_bias: float = 0.0        # share with one fixed label permutation [paper, section 4.3]
@@ -100,7 +100,7 @@ class Config:
     def __post_init__(self):
         if min(self.image_size, self.length, self.batch, self.width, self.heads, self.steps,
                self.sweep_steps, self.layers - 1, self.window + 1, self.num_tasks + 1) < 1:
-            raise ValueError("sizes and numbers of steps must be at least 1, --layers at least 2")
+            raise ValueError("sizes and steps must be at least 1, --layers at least 2")
         if not 0 <= min(self.burst, self.label_bias) <= max(self.burst, self.label_bias) <= 1:
             raise ValueError("--burst and --label-bias must be between 0 and 1")
         if self.width % self.heads or self.width % (self.fast_weights or 1):
@@ -189,7 +189,7 @@ def base_data(cfg, device):
     data = []
     for images, labels in sets:
         images = F.interpolate(images[:, None], 2 * [cfg.image_size], mode="area").flatten(1)
-        images = images - images.mean(0)                                       # (N, D)
+        images = images - images.mean(0)                     # (N, D)
         data.append(((images / images.std()).to(device), labels.to(device)))
     return data
 
@@ -248,12 +248,12 @@ class Block(nn.Module):
 
     def forward(self, h):
         qkv = self.qkv(self.norm1(h)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # (B, heads, T, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # (B, heads, T, d)
         if self.fast_weights:
             read = (q @ k.mT * self.visible / q.shape[-1]) @ v                 # W_t q_t, all t
         else:
             read = F.scaled_dot_product_attention(q, k, v, attn_mask=self.visible)
-        h = h + self.out(read.transpose(1, 2).flatten(2))                      # (B, T, H)
+        h = h + self.out(read.transpose(1, 2).flatten(2))    # (B, T, H)
         return h + self.down(F.relu(self.up(self.norm2(h))))
 
 
@@ -300,7 +300,7 @@ def meta_loss(model, x, y):
 
 def train(cfg, run, stage, model, data, tests):
     """Meta-train in place -> rows of the log. data: images, labels; tests: {name: (x, y)}."""
-    # Gradients on the plateau are tiny; a usual epsilon doubles its length [paper, 4.3].
+    # Gradients on the plateau are tiny; a usual epsilon doubles its length [paper, section 4.3]
     adam = torch.optim.Adam(model.parameters(), betas=(0.9, 0.98), eps=1e-10, fused=True)
     loss_function = run.compile(lambda x, y: meta_loss(model, x, y))
     for step in run.steps(stage, cfg.steps, model=model, adam=adam):
@@ -339,12 +339,12 @@ def written_rules(x, y):
     """x (B, T, D), y (B, T) -> {rule: accuracy (T,)}. 1nn: the label of the nearest input before.
     sgd, the paper's baseline: softmax regression, a step an example, the best of 4 rates here."""
     future = torch.full(2 * x.shape[1:2], torch.inf, device=x.device).triu()   # (T, T)
-    nearest = (torch.cdist(x, x) + future).argmin(-1)                          # (B, T)
+    nearest = (torch.cdist(x, x) + future).argmin(-1)        # (B, T)
     right = (y.gather(1, nearest) == y).float().mean(0)
     rates = torch.tensor([0.001, 0.003, 0.01, 0.03], device=x.device).view(4, 1, 1, 1)
     weights, accuracy = x.new_zeros(4, len(x), CLASSES, x.shape[2]), []        # (4, B, C, D)
     for x_j, y_j in zip(x.unbind(1), y.unbind(1)):
-        p = (weights @ x_j[..., None])[..., 0].softmax(-1)                     # (4, B, C)
+        p = (weights @ x_j[..., None])[..., 0].softmax(-1)   # (4, B, C)
         accuracy.append((p.argmax(-1) == y_j).float().mean(1).tolist())
         weights += rates * (F.one_hot(y_j, CLASSES) - p)[..., None] * x_j[:, None]
     return {"1nn": [1 / CLASSES] + right.tolist()[1:], "sgd": max(zip(*accuracy), key=late)}
@@ -358,7 +358,7 @@ def random_optimum(length, memory=10**9):
 
 def experiment(cfg, run):
     """Train and test all models of one seed -> {"headline": {name: number}, ..}."""
-    torch.manual_seed(12345)                                 # the same images and tests in all runs
+    torch.manual_seed(12345)                                 # images, tests alike for all
     train_data, test_data, unseen_data = base_data(cfg, run.device)
     n_in, shape = train_data[0].shape[1], (512, cfg.length)
     tests = {"unseen_tasks": sample(test_data, shape), "unseen_dataset": sample(unseen_data, shape),
@@ -392,7 +392,7 @@ BESIDE = {"unlimited_unseen_tasks_last": "the paper 0.737 (MNIST, T = 100)",
 
 # ---- 7. FIGURE ---------------------------------------------------------------------------------
 
-STYLES = {"seen": ("#D55E00", "known tasks"), "unseen_tasks": ("#0072B2", "new tasks"),
+STYLES = {"seen": ("#CC79A7", "known tasks"), "unseen_tasks": ("#0072B2", "new tasks"),
           "unseen_dataset": ("#E69F00", "new data set"), "random": ("#009E73", "random")}
 
 
@@ -403,7 +403,7 @@ def lines(axis, x, curves, colour, label, style="-"):
 
 
 def plot(summary, path):
-    """Draw the figure from the summary alone: four panels, or (b) where there was no sweep."""
+    """Four panels, or (b) alone without a sweep, from the summary alone."""
     from matplotlib.figure import Figure                     # no pyplot: no backend, no state
     cfg, seeds = summary["config"], [seed["models"] for seed in summary["per_seed"]]
     figure = Figure((12, 8.4) if cfg["sweep"] else (6, 4.2), layout="constrained")
@@ -444,7 +444,7 @@ def plot_sweep(a, c, d, cfg, seeds):
         losses = [[row["loss"] for row in seed[name]["rows"]] for seed in seeds]
         lines(c, [row["step"] for row in seeds[0][name]["rows"]], losses, colour, label)
     c.set(xlabel="meta-training step", ylabel="loss on new tasks (nats)",
-          title="(c) The mixture of tasks decides when the plateau ends")
+          title="(c) With bursts, learning in context begins")
     names = ["window2", "window4", "window8", "unlimited", "fast16", "fast1", "half_width"]
     state = [seeds[0][name]["state"] for name in names]
     best = [late(random_optimum(cfg["length"], n)) for n in (2, 4, 8, cfg["length"])]
@@ -601,7 +601,7 @@ def main(argv=None):
     name, device = pathlib.Path(__file__).stem, torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
-        torch.set_float32_matmul_precision("high")                             # TF32
+        torch.set_float32_matmul_precision("high")           # TF32
     rank, world = 0, 1                                       # which process, of how many
     if torch.distributed.is_torchelastic_launched():         # torchrun keeps a store of keys
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

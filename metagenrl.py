@@ -17,7 +17,7 @@ IDEA
   critic. Then L is frozen, and trains new agents in environments never seen.
 
 ALGORITHM
-  for each life of a population: new agents; then at each iteration, for every agent
+  for each lifetime of a population: new agents; then at each iteration, for every agent
     now and then: an episode with pi_phi(s) + noise, the first at random; store (s, a, r, d)
     (1) theta <- Adam(theta, gradient of (Q_theta(s, a) - y)^2),  y: TD3's target, twin critics
     every second time, after a warm-up; (2) and (3) draw sequences tau of T steps anew
@@ -87,8 +87,8 @@ class Config:
     horizon: int = 40                # steps of an episode, iterations between them [code: 1000]
     lives: int = 9                   # populations, one after another [code: 1]
     life: int = 440                  # iterations of a population [code: 700,000]
-    test_life: int = 320             # iterations of a meta-test
-    warmup: int = 80                 # first iterations of a life: critics only [code: 0]
+    test_life: int = 440             # iterations of a meta-test
+    warmup: int = 80                 # first iterations of a lifetime: critics only [code: 0]
     batch: int = 16                  # sequences of an agent's minibatch, B [code: 100]
     length: int = 6                  # of a sequence, T [code: 20]
     gamma: float = 0.9               # discount [code: 0.99]
@@ -113,7 +113,7 @@ class Config:
         if min(self.agents, self.copies, self.batch, self.hidden, self.layers, self.lives,
                self.length, self.width - 1, self.horizon - self.length + 1,
                self.life - self.warmup) < 1:
-            raise ValueError("sizes at least 1, --width 2, --horizon --length, --life > --warmup")
+            raise ValueError("sizes >= 1, --width >= 2, --horizon >= --length, --life > --warmup")
         if self.test_life % max(1, self.log_every) or self.test_life < self.warmup + 20:
             raise ValueError("--test-life: a multiple of --log-every, at least --warmup + 20")
 
@@ -149,9 +149,9 @@ class Pendulum:
     def step(self, state, action):
         angle, rate = state.unbind(-1)
         u = 8 * action[..., 0]                               # torque, in Gymnasium 2 at most
-        away = torch.remainder(angle + math.pi, 2 * math.pi) - math.pi   # from upright
+        away = torch.remainder(angle + math.pi, 2 * math.pi) - math.pi         # from upright
         reward = -0.2 * (away**2 + 0.1 * rate**2 + 0.001 * u**2)
-        rate = (rate + 0.05 * (15 * angle.sin() + 3 * u)).clamp(-8, 8)   # gravity and motor
+        rate = (rate + 0.05 * (15 * angle.sin() + 3 * u)).clamp(-8, 8)         # gravity and motor
         return torch.stack([angle + 0.05 * rate, rate], -1), reward
 
 
@@ -247,7 +247,7 @@ class Objective(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         w, self.symmetric = cfg.width, cfg.aids
-        self.action = nn.Sequential(*hidden_layers(2, w, 2 * cfg.layers - 1))    # of (a, pi)
+        self.action = nn.Sequential(*hidden_layers(2, w, 2 * cfg.layers - 1))  # of (a, pi)
         self.other = nn.Sequential(*hidden_layers(4, w, cfg.layers, norm=False), nn.Linear(w, 8))
         self.gates, self.recurrent = nn.Linear(w + 8, 4 * w), nn.Linear(w, 4 * w, bias=False)
         self.out = nn.Sequential(*hidden_layers(w, w, cfg.layers), nn.Linear(w, 1))
@@ -334,7 +334,7 @@ def advantages(r, d, V, gamma, lam=0.97):
     A, out = torch.zeros_like(r[:, 0]), []
     for t in reversed(range(r.shape[1])):
         go_on = gamma * (1 - d[:, t])                        # g
-        A = r[:, t] + go_on * V[:, t + 1] - V[:, t] + go_on * lam * A    # (B,)
+        A = r[:, t] + go_on * V[:, t + 1] - V[:, t] + go_on * lam * A          # (B,)
         out.append(A)
     return torch.stack(out[::-1], 1)
 
@@ -356,13 +356,13 @@ def meta_gradient(agent, alpha, phi, theta, batch, cfg):
     batch: 2 B sequences; the trial step learns from the first half, all of them judge [code]."""
     n = len(batch.reward)                                    # agents
     alpha = {k: w.detach().expand(n, *w.shape).clone().requires_grad_() for k, w in alpha.items()}
-    half = Batch(*(x[:, :cfg.batch] for x in batch))     # (n, B, ..)
+    half = Batch(*(x[:, :cfg.batch] for x in batch))         # (n, B, ..)
     losses = vmap(lambda *x: agent.policy_loss(*x, "L"))(phi, theta, alpha, half)
     g = gradient(losses, phi, create_graph=True)
     g = vmap(clip)(g) if cfg.aids else g
     after = {k: w - cfg.inner_rate * g[k] for k, w in phi.items()}             # phi', eq. 3
     minus_J = vmap(lambda *x: agent.policy_loss(*x, "ddpg"))(after, theta, alpha, batch)
-    return gradient(minus_J, alpha)                                            # eq. 4
+    return gradient(minus_J, alpha)                          # eq. 4
 
 
 # ---- 5. TRAINING -------------------------------------------------------------------------------
@@ -377,13 +377,13 @@ def descend(adam, weights, grads):
 
 class Population:
     """n agents of one environment and age. phi (n, ..), theta (n, 2, ..), targets of both; replay:
-    a Batch of all episodes of their lives, (n, episodes, horizon, ..)."""
+    a Batch of all episodes of their lifetimes, (n, episodes, horizon, ..)."""
 
     def __init__(self, cfg, task, objective, device):
         self.cfg, self.env, self.device = cfg, TASKS[task](), device
         self.agent, self.age, self.replay = Agent(self.env, objective, cfg), 0, None
         S, A, n = self.env.S, self.env.A, cfg.agents
-        policies = [mlp(S, cfg.hidden, A).to(device) for _ in range(n)]  # one an agent
+        policies = [mlp(S, cfg.hidden, A).to(device) for _ in range(n)]        # one an agent
         for policy in policies if cfg.aids else ():
             policy[-1].weight.data *= 0.1
         critics = [mlp(S + A, cfg.hidden, 1).to(device) for _ in range(2 * n)]   # twins
@@ -434,10 +434,10 @@ class Population:
             old = self.replay or Batch(*(x[:, :0] for x in new))
             self.replay = Batch(*(torch.cat(pair, 1) for pair in zip(old, new)))
         # INNER UPDATE: the critics, eq. 1
-        batch = self.sample(cfg.batch)                   # (n, B, ..)
+        batch = self.sample(cfg.batch)                       # (n, B, ..)
         losses = vmap(agent.critic_loss)(self.theta, self.theta_target, self.phi_target,
                                          torch.randn_like(batch.action), batch)
-        descend(self.adam_theta, self.theta, gradient(losses, self.theta))   # lambda_1
+        descend(self.adam_theta, self.theta, gradient(losses, self.theta))     # lambda_1
         # INNER UPDATE: the policies, eq. 2
         if self.age % 2 == 0:
             if self.age >= cfg.warmup:
@@ -508,7 +508,7 @@ def cosines(population, alpha):
 
 
 def meta_test(cfg, run, rule, objective, tasks=TASKS):
-    """Fresh agents, the same for all rules, learn by one -> {task: {"curve": mean returns,
+    """New agents, the same for all rules, learn by one -> {task: {"curve": mean returns,
     "agents": last return of each, "cosine_..": of the rule L}}."""
     torch.manual_seed(10_000 + run.seed)
     born = {task: Population(cfg, task, objective, run.device) for task in tasks}
@@ -551,7 +551,7 @@ def experiment(cfg, run):
     for w in negated.out[-1].parameters():
         w.data.neg_()
     tests = {rule: meta_test(cfg, run, rule, negated if rule == "negated" else L)
-             for rule in COLOURS}
+             for rule in ("L", "ddpg", "reinforce", "untrained", "negated")}
     tests["no_value"] = meta_test(cfg, run, "no_value", L, ["pendulum"])
     ends = {(rule, task): mean(test["agents"])
             for rule, tasks in tests.items() for task, test in tasks.items()}
@@ -594,7 +594,7 @@ def plot(summary, path):
             rows = [seed["tests"][rule][task]["curve"] for seed in seeds]
             lines(axis, range(every, life + 1, every), rows, colour, rule)
         known = "seen" if task in train.split(",") else "never seen"
-        axis.set(title=f"(a) Fresh agents, {task}: {known}", xlabel="iteration", ylabel="return")
+        axis.set(title=f"(a) New agents, {task}: {known}", xlabel="iteration", ylabel="return")
         for key, marker in (("reinforce", "o"), ("ddpg", "s")):
             values = [statistics.fmean(seed["tests"]["L"][task][f"cosine_{key}"]) for seed in seeds]
             angles.plot([place] * len(seeds), values, marker, color=COLOURS[key], alpha=0.6)
@@ -751,7 +751,7 @@ def main(argv=None):
     name, device = pathlib.Path(__file__).stem, torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
-        torch.set_float32_matmul_precision("high")                             # TF32
+        torch.set_float32_matmul_precision("high")           # TF32
     rank, world = 0, 1                                       # which process, of how many
     if torch.distributed.is_torchelastic_launched():         # torchrun keeps a store of keys
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -5,8 +5,8 @@
 """Meta-learning on non-stationary distributions: exact Bayes over hidden switches, in one file.
 
 Genewein, Deletang, Ruoss, Wenliang, Catt, Dutordoir, Grau-Moya, Orseau, Hutter, Veness,
-"Memory-Based Meta-Learning on Non-Stationary Distributions", arXiv 2302.03067. Why log loss over
-fresh tasks teaches Bayes is told in bayes_meta.py.
+"Memory-Based Meta-Learning on Non-Stationary Distributions", arXiv 2302.03067. [code]: the official
+release. Why log loss over fresh tasks teaches Bayes is told in bayes_meta.py.
 
 IDEA
   The bias of a coin changes at times that nobody sees. To predict the next toss, exact Bayes weighs
@@ -19,7 +19,7 @@ IDEA
 ALGORITHM (meta-training)
   repeat
     for each of B sequences: draw the switches from the source, a bias theta ~ Beta(1/2, 1/2) for
-    each segment, and tosses x_t ~ Bernoulli(theta_t)
+    each segment, and bits x_t ~ Bernoulli(theta_t)
     w <- Adam(w, grad of -1/(BT) sum_{b,t} log p_w(x_t | x_{<t}))
   The loss is least where p_w(x_t | x_{<t}) is the exact mixture over all switches and biases.
 
@@ -191,7 +191,7 @@ def ptw_predict(x):
     Two log evidences (B, T) of the part of x_1 .. x_t in the block of t: `seen`, of the bits as
     they are, and `with_one`, where x_t is 1. Blocks grow level by level from single symbols up."""
     t = torch.arange(1, x.shape[1] + 1, device=x.device)
-    count = F.pad(x.double().cumsum(1), (1, 0))                                # (B, T + 1)
+    count = F.pad(x.double().cumsum(1), (1, 0))              # (B, T + 1)
     seen = torch.full_like(count[:, 1:], -math.log(2))
     with_one = seen.clone()
     for level in range(1, (x.shape[1] - 1).bit_length() + 1):
@@ -268,7 +268,7 @@ class Transformer(nn.Module):
         self.blocks = nn.TransformerEncoder(block, cfg.layers)
 
     def forward(self, x):
-        h = self.embed(shifted(x))                                             # (B, T, width)
+        h = self.embed(shifted(x))                           # (B, T, width)
         t = torch.arange(x.shape[1], device=x.device)
         lag = t[:, None] - t
         mask = torch.zeros_like(lag, dtype=h.dtype).masked_fill(lag < 0, -math.inf)
@@ -330,7 +330,7 @@ def train(cfg, run, name, test_x, test_theta):
 def experiment(cfg, run):
     """The networks of one seed, each on each source -> {"headline": {name: number}, ..}."""
     if run.device.type == "mps":
-        raise ValueError("--device mps has no float64, which the exact predictors need")
+        raise ValueError("--device mps has no float64 for the exact solutions; use --device cpu")
     torch.manual_seed(12345)                                 # the same tests for all seeds
     tests = {source: sample_source(source, cfg.sequences, cfg.length, run.device)
              for source in SOURCES}
@@ -419,7 +419,7 @@ def plot(summary, path):
             curves = [seed["curves"][name] for seed in seeds]
             t, style = range(2, len(curves[0]) + 2), "-" if ":" in name else "--"
             lines(d, t, curves, COLOURS[name], name, style)
-    d.axvline(cfg["length"], color="k", lw=0.8, ls=":", label="training length")
+    d.axvline(cfg["length"], color="#777777", lw=1, ls=":", label="training length")
     d.set(xlabel="symbol", ylabel="regret so far", ylim=(0, 2.5 * seeds[0]["curves"]["LIN"][-1]),
           title="(d) Longer than trained, source lin")
     for axis in (a, c, d):
@@ -431,7 +431,7 @@ def plot_matrix(axis, matrices):
     """(b) Mean regret of each predictor on each source; bold: a row's least but for the oracle."""
     names = list(matrices[0]["ptw"])
     values = torch.tensor([[[m[source][name] for name in names] for source in SOURCES]
-                           for m in matrices]).mean(0)                         # (sources, names)
+                           for m in matrices]).mean(0)       # (sources, names)
     least = values[:, [name != "oracle" for name in names]].amin(1, keepdim=True)
     axis.imshow((values / least).log().tolist(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, row in enumerate(values.tolist()):
@@ -601,7 +601,7 @@ def main(argv=None):
     name, device = pathlib.Path(__file__).stem, torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
-        torch.set_float32_matmul_precision("high")                             # TF32
+        torch.set_float32_matmul_precision("high")           # TF32
     rank, world = 0, 1                                       # which process, of how many
     if torch.distributed.is_torchelastic_launched():         # torchrun keeps a store of keys
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

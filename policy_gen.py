@@ -26,18 +26,18 @@ ALGORITHM
 SYMBOLS, in the code, shape or meaning (K, B, N, sigma, beta, omega: see Config)
   theta       theta            (n, P)     policies, one a row: P weights and biases
   c, r        command, returns (n,)       return asked for, return of one episode (noisy)
-  Delta       width                       of the range of returns asked for, highest - lowest
+  Delta       span                        of the range of returns asked for, highest - lowest
   G_rho, V_w  G, V             (B, P) (B,)  hypernetworks that write theta; predicted returns
   Tracking error: mean |achieved - asked| / Delta, 21 commands; stored policies keep their noise.
 
 RESULT (quick: seeds 0-7, mean [95 % t interval], 4.5 minutes a seed on one core; `paper`: in part)
   Tracking error 0.033 [0.026, 0.039]; a table of its own policies 0.075 [0.065, 0.085], of
-  ARS' 0.108 [0.085, 0.131], imitation 0.127 [0.113, 0.141]; but tables whose policies are measured
+  ARS' 0.108 [0.085, 0.131], hindsight 0.127 [0.113, 0.141]; but tables whose policies are measured
   again, with 17 times the episodes, 0.023 and 0.019. Policy for the best return 73.0 [69.0, 77.0],
-  ARS 98.3: a linear law is near the best here. MountainCar 93.6. Swimmer: 343 after 1000 episodes.
+  ARS 98.3: a linear law is near the best here. MountainCar 93.6. Swimmer: 343 after 1,000 episodes.
 
 DIFFERS
-  1. quick: a task of ours, small networks, K = 16, a larger rate of G, V's output scaled.
+  1. quick: our task, small networks, K = 16, half asked for any return; G's rate larger, V scaled.
   2. quick's probing states start normal: uniform in [0, 1) [code] is one orthant of 16 here.
   3. Observation statistics stay within an episode ([code]: updated): a policy is one function. The
      replay keeps all policies ([code]: 10,000); Hopper keeps its bonus for staying alive.
@@ -73,13 +73,13 @@ from tqdm import tqdm
 class Config:
     """All settings of a run; each comment is the option's --help. [code: x]: the release has x."""
     env: str = "Reach"           # with all rivals; MountainCar, or gym:ID: the generator alone
-    lowest: float = -100.0       # return of the 21 commands that are tested
-    highest: float = 100.0       # return of these commands
-    iterations: int = 300        # of rollouts and updates
-    policies: int = 16           # rolled out in an iteration, K [code: 1]
+    lowest: float = -100.0       # lowest of the 21 returns asked for in a test
+    highest: float = 100.0       # highest of them
+    iterations: int = 300        # of an episode for each new policy, then updates
+    policies: int = 16           # new in an iteration, K [code: 1]
     command_mix: float = 0.5     # share of them, rounded down, asked for any return [code: 0]
     increment: float = 10.0      # asked above the best return so far, beta [code: 20]
-    noise: float = 0.1           # on every weight of a policy that is rolled out, sigma [code]
+    noise: float = 0.1           # on every weight of a new policy, sigma [code]
     policy_hidden: int = 32      # units of a policy's two hidden layers [code: 256]
     hidden: int = 64             # units of the other networks' two hidden layers [code: 256]
     probes: int = 32             # probing states, N [code: 200]
@@ -97,7 +97,7 @@ class Config:
 
     def __post_init__(self):
         if not self.lowest < self.highest or not 0 <= self.command_mix <= 1:
-            raise ValueError("--highest must be above --lowest, --command-mix in 0 .. 1")
+            raise ValueError("--highest must be above --lowest, --command-mix between 0 and 1")
         if min(self.iterations, self.policies, self.hidden, self.probes, self.policy_hidden,
                self.batch, self.eval_episodes) < 1 or self.policy_hidden % SLICE:
             raise ValueError("sizes must be at least 1, --policy-hidden a multiple of 16")
@@ -118,7 +118,7 @@ PRESETS = {
 
 # ---- 2. TASKS ----------------------------------------------------------------------------------
 # Episodes side by side, one a row. reset(n, copies, device) -> n first states, each `copies` times;
-# step(state, action, t) -> state, reward, over. The first O columns of a state are what is seen.
+# step(state, action, t) -> state, reward, done. The first O columns of a state are what is seen.
 
 
 class Reach:
@@ -132,7 +132,7 @@ class Reach:
         return torch.cat([ways[:, :4], ways], 1).repeat(copies, 1)
 
     def step(self, state, action, t):
-        left, ways = state[:, :4] - 0.2 * action, state[:, 4:].split(4, 1)   # (rows, 4) each
+        left, ways = state[:, :4] - 0.2 * action, state[:, 4:].split(4, 1)     # (rows, 4) each
         reward = torch.zeros_like(left[:, 0])
         if t % 10 == 9:                                      # this target's time is over
             reward = 25 * (1 - left.norm(dim=1) / ways[t // 10].norm(dim=1)).clamp(min=-1)
@@ -153,8 +153,8 @@ class MountainCar:
         v = (v + 0.0015 * a - 0.0025 * (3 * p).cos()).clamp(-0.07, 0.07)
         p = (p + v).clamp(-1.2, 0.6)
         v = torch.where((p == -1.2) & (v < 0), 0, v)         # the wall on the left
-        over = (p >= 0.45) & (v >= 0)                        # on top of the hill
-        return torch.stack([p, v], 1), 100 * over - 0.1 * a.square(), over
+        done = (p >= 0.45) & (v >= 0)                        # on top of the hill
+        return torch.stack([p, v], 1), 100 * done - 0.1 * a.square(), done
 
 
 class Gym:
@@ -176,16 +176,16 @@ class Gym:
         seeds = torch.randint(2**31, (n,)).tolist() * copies
         self.simulators += [self.make() for _ in range(len(seeds) - len(self.simulators))]
         rows = [env.reset(seed=seed)[0] for env, seed in zip(self.simulators, seeds)]
-        self.over = [False] * len(rows)                      # of each simulator
+        self.done = [False] * len(rows)                      # of each simulator
         return torch.stack([torch.as_tensor(row) for row in rows]).float().to(device)
 
     def step(self, state, action, t):
         rows, reward = state.cpu().numpy().copy(), [0.0] * len(state)
         for i, a in enumerate(action.cpu().numpy()):
-            if not self.over[i]:                             # what is over stays as it is
-                rows[i], reward[i], self.over[i], _, _ = self.simulators[i].step(a)
-        over = torch.tensor(self.over, device=state.device)
-        return torch.tensor(rows, device=state.device), state.new_tensor(reward), over
+            if not self.done[i]:                             # what is done stays as it is
+                rows[i], reward[i], self.done[i], _, _ = self.simulators[i].step(a)
+        done = torch.tensor(self.done, device=state.device)
+        return torch.tensor(rows, device=state.device), state.new_tensor(reward), done
 
 
 # ---- 3. MODEL ----------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ class Hypernet(nn.Module):
 
     def forward(self, command):
         """command (B,), divided by Delta -> W (B, n_out, n_in), b (B, n_out)."""
-        z = self.z.expand(len(command), -1, -1, -1)                            # (B, m, n, 8)
+        z = self.z.expand(len(command), -1, -1, -1)          # (B, m, n, 8)
         x = torch.cat([z, command[:, None, None, None].expand_as(z[..., :1])], -1)
         W = self.H_w(x).unflatten(-1, self.slice)            # (B, m, n, slice_out, slice_in)
         W = W.permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2)                  # (B, n_out, n_in)
@@ -257,7 +257,7 @@ class Evaluator(nn.Module):
     def forward(self, theta):
         features = theta                                     # (B, P)
         if self.fingerprint:
-            states = self.states.expand(len(theta), -1, -1)                    # (B, N, O)
+            states = self.states.expand(len(theta), -1, -1)  # (B, N, O)
             features = policy_act(theta, self.sizes, states, self.limit).flatten(1)
         return self.return_scale * self.net(features)[:, 0]
 
@@ -270,15 +270,15 @@ def evaluator_loss(V, theta, returns):
     return (V(theta) - returns).square().mean()
 
 
-def generator_loss(G, V, theta, returns, width):
+def generator_loss(G, V, theta, returns, span):
     """L_G = mean_B (V_w(G_rho(r_i / Delta)) - r_i)^2. Not imitation: the theta_i that achieved r_i
     plays no part, any policy with that return will do."""
-    return (V(G(returns / width)) - returns).square().mean()
+    return (V(G(returns / span)) - returns).square().mean()
 
 
-def hindsight_loss(G, V, theta, returns, width):
+def hindsight_loss(G, V, theta, returns, span):
     """Control, imitation without an evaluator: G_rho(r_i / Delta) should be theta_i."""
-    return (G(returns / width) - theta).square().mean()
+    return (G(returns / span) - theta).square().mean()
 
 
 def sample_replay(cfg, search):
@@ -286,7 +286,7 @@ def sample_replay(cfg, search):
     (B, P), returns (B,). The K policies of an iteration share an age, 1 for the newest."""
     iteration = torch.arange(len(search.returns), device=search.returns.device) // cfg.policies
     age = iteration[-1] + 1 - iteration
-    weights = search.known() * age ** -cfg.recency           # 1 / age^omega
+    weights = search.kept() * age ** -cfg.recency            # 1 / age^omega
     index = torch.multinomial(weights, cfg.batch, replacement=True)
     return search.theta[index], search.returns[index]
 
@@ -304,10 +304,10 @@ class Search:
         self.moments = torch.tensor([[0.], [0.], [1.]], device=device).repeat(1, env.observations)
         self.band = (0.0, 0.0)
 
-    def known(self):
+    def kept(self):
         """Which returns are not in the band that is left out (m,); all, if all are in it."""
-        known = (self.returns < self.band[0]) | (self.returns >= self.band[1])
-        return known | ~known.any()
+        kept = (self.returns < self.band[0]) | (self.returns >= self.band[1])
+        return kept | ~kept.any()
 
     @torch.no_grad()
     def play(self, theta, state):
@@ -320,11 +320,11 @@ class Search:
             seen.append(state[:, :len(mean)])
             living.append(alive)
             obs = (seen[-1] - mean) / (variance.sqrt() + 1e-8)
-            obs = obs.unflatten(0, (len(theta), -1))                           # (n, rows / n, O)
+            obs = obs.unflatten(0, (len(theta), -1))         # (n, rows / n, O)
             action = policy_act(theta, self.sizes, obs, self.env.limit).flatten(0, 1)
-            state, reward, over = self.env.step(state, action, t)
+            state, reward, done = self.env.step(state, action, t)
             returns = returns + torch.where(alive, reward, 0)                  # none after the end
-            alive = alive & ~over
+            alive = alive & ~done
         return returns.view(len(theta), -1), torch.stack(seen)[torch.stack(living)]
 
     def add(self, theta):
@@ -352,7 +352,7 @@ def train(cfg, run, env, method):
     torch.manual_seed(run.seed)
     search = Search(cfg, env, run.device, cfg.policy_hidden, cfg.policy_hidden)
     search.band = BAND if method == "band" else search.band
-    width = cfg.highest - cfg.lowest
+    span = cfg.highest - cfg.lowest
     steps_v, steps_g = {"hindsight": (0, 19), "untrained": (0, 0)}.get(method, (4, 19))
     G = Generator(search.sizes, cfg.hidden).to(run.device)
     V = Evaluator(cfg, search.sizes, env.limit, method != "no_fingerprint").to(run.device)
@@ -371,7 +371,7 @@ def train(cfg, run, env, method):
             command = low + (top - low) * torch.rand_like(command)
             command[int(cfg.command_mix * cfg.policies):] = top
         with torch.no_grad():
-            theta = G(command / width)
+            theta = G(command / span)
             search.add(theta + cfg.noise * torch.randn_like(theta))
         # UPDATE: the evaluator, with its probing states
         losses = {}                                          # the last of each, for the log
@@ -384,14 +384,14 @@ def train(cfg, run, env, method):
         V.requires_grad_(False)
         for _ in range(steps_g):
             adam_g.zero_grad()
-            losses["loss_g"] = loss_g(G, V, *sample_replay(cfg, search), width)
+            losses["loss_g"] = loss_g(G, V, *sample_replay(cfg, search), span)
             losses["loss_g"].backward()
             adam_g.step()
         V.requires_grad_(True)
         # LOG
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.iterations:
             best, i = search.returns.max(0)
-            pair = torch.cat([G(best[None] / width), search.theta[i][None]])
+            pair = torch.cat([G(best[None] / span), search.theta[i][None]])
             written, again = search.evaluate(pair).tolist()
             run.log(episodes=len(search.returns), best_policy_return=written, best_seen=best.item(),
                     best_played_again=again, **{name: x.item() for name, x in losses.items()})
@@ -420,7 +420,7 @@ def ars(cfg, run, env, directions=8, top=4, alpha=0.1, nu=0.3):
 def table(search, asked, fresh=0):
     """The simplest rival: play the stored policies whose returns are nearest to those asked (n,) ->
     achieved (n,). fresh: number of episodes to measure all stored policies again before."""
-    theta, scores = search.theta[search.known()], search.returns[search.known()]
+    theta, scores = search.theta[search.kept()], search.returns[search.kept()]
     if fresh:
         state = search.env.reset(fresh * len(theta), 1, theta.device)
         scores = search.play(theta, state)[0].mean(1)        # (m,)
@@ -429,9 +429,9 @@ def table(search, asked, fresh=0):
 
 def experiment(cfg, run):
     """Train, ask and compare, with one seed -> {"headline": {name: number}, ..}."""
-    width, full = cfg.highest - cfg.lowest, cfg.env == "Reach"
+    span, full = cfg.highest - cfg.lowest, cfg.env == "Reach"
     asked = torch.linspace(cfg.lowest, cfg.highest, 21, device=run.device)
-    inside = torch.linspace(*BAND, 7, device=run.device)[1:-1]  # five returns
+    inside = torch.linspace(*BAND, 7, device=run.device)[1:-1]                 # five returns
     env = {"Reach": Reach, "MountainCar": MountainCar}.get(cfg.env, lambda: Gym(cfg.env))()
     methods = "generator", "no_fingerprint", "hindsight", "untrained", "band", "mountaincar"
     searches, curves, answers = {}, {}, {}
@@ -439,7 +439,7 @@ def experiment(cfg, run):
         commands = inside if method == "band" else asked
         task = MountainCar() if method == "mountaincar" else env
         searches[method], G, curves[method] = train(cfg, run, task, method)
-        answers[method] = commands, searches[method].evaluate(G(commands / width))
+        answers[method] = commands, searches[method].evaluate(G(commands / span))
     head = {}
     for method, rows in curves.items():
         of = "" if method == "generator" else method + "_"
@@ -453,7 +453,7 @@ def experiment(cfg, run):
             commands = inside if method == "band" else asked
             answers[name] = commands, table(searches[method], commands)
             answers[f"{name}_again"] = commands, table(searches[method], commands, fresh=16)
-    errors = {f"{name}_error": ((achieved - commands).abs().mean() / width).item()
+    errors = {f"{name}_error": ((achieved - commands).abs().mean() / span).item()
               for name, (commands, achieved) in answers.items()}
     return {"headline": {"tracking_error": errors.pop("generator_error")} | head | errors,
             "answers": {name: [row.tolist() for row in pair] for name, pair in answers.items()},
@@ -500,7 +500,7 @@ def plot(summary, path):
                 c.plot(errors, [label] * len(seeds), "o", color=colour, fillstyle=fill)
         c.set(title="(c) Error; hollow: 17 x the episodes", xlabel="tracking error", xlim=0)
     episodes = [row["episodes"] for row in seeds[0]["curve"]]
-    for key, hue in (("policy_return", "#0072B2"), ("seen", "sienna"), ("played_again", "#009E73")):
+    for key, hue in ("policy_return", "#0072B2"), ("seen", "#8B5A2B"), ("played_again", "#009E73"):
         rows = [[row["best_" + key] for row in seed["curve"]] for seed in seeds]
         lines(b, episodes, rows, hue, "best " + key.replace("_", " "))
     b.set(title="(b) Its best, while it learns", xlabel="episodes", ylabel="return")
@@ -651,7 +651,7 @@ def main(argv=None):
     name, device = pathlib.Path(__file__).stem, torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
-        torch.set_float32_matmul_precision("high")                             # TF32
+        torch.set_float32_matmul_precision("high")           # TF32
     rank, world = 0, 1                                       # which process, of how many
     if torch.distributed.is_torchelastic_launched():         # torchrun keeps a store of keys
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -40,7 +40,7 @@ RESULT (quick: seeds 0-4, mean [95 % t interval], 1.1 minutes a seed on one core
 
 DIFFERS
   1. quick and minigrid are small: 16 columns (paper: 100), few frames, small networks, large rates,
-     which do not fall. betas: searched, for each method alike (results/README.md).
+     which do not fall. The lock's betas: searched, for each method alike (results/README.md).
   2. One optimiser; between passes no memory is refreshed, and no segment shifted.
   3. Left out: NovelD, AGAC, counts, the panorama of views, KeyCorridor, ObstructedMaze.
 
@@ -79,7 +79,7 @@ BETAS = "rcgvf:450,rnd:1.25,no_future:1111,error:1,disagreement:3.3,rnd4:10,ppo:
 class Config:
     """All settings of a run; each comment is the option's --help. [code: x]: the release has x."""
     env: str = "lock"                # lock, or MultiRoom-N4-S5: 4 rooms of sides up to 5, any two
-    methods: str = "rcgvf,rnd,no_future,ppo"   # also error, disagreement, rnd4
+    methods: str = "rcgvf,rnd,no_future,ppo"   # also error, disagreement, rnd4: ablation
     betas: str = BETAS               # method:beta, size of its intrinsic reward
     horizon: int = 16                # columns of the lock, H [code: 100]
     frames: int = 250_000            # steps of all environments, for each method
@@ -113,7 +113,7 @@ class Config:
             raise ValueError("sizes must be at least 1, --horizon at least 2")
         if self.env != "lock" and math.gcd(self.rollout, self.minibatch, self.hidden,
                                            self.cumulants) % SEGMENT:
-            raise ValueError("--rollout, --minibatch, --hidden, --cumulants: multiples of 4 there")
+            raise ValueError("--rollout, --minibatch, --hidden, --cumulants: 4 n for MultiRoom")
 
 
 PRESETS = {
@@ -424,7 +424,7 @@ def td_returns(reward, value, done, gamma, lam):
 def intrinsic_reward(v, G, method):
     """R_t / beta (T, N), of predictions v and targets G (T, N, K, d). Var_k is unbiased: with two
     heads (v^1 - v^2)^2 / 2."""
-    error = (G - v).square().mean(2)                                           # (T, N, d)
+    error = (G - v).square().mean(2)                         # (T, N, d)
     if method in RND:
         return error.sum(-1) ** (0.5 if method == "rnd" else 2)
     # R_t = beta sum_d Var_k[v^k_t] mean_k (G^k_t - v^k_t)^2, or one of the factors
@@ -475,7 +475,7 @@ def collect(cfg, env, agent, carry):
 def curiosity(cfg, method, predictor, features, roll, carry):
     """The intrinsic reward of each step (T, N). Adds what the predictor's update needs: targets,
     memories before each step, last actions and z (not cleared where an episode starts [code])."""
-    z = features(roll["obs"])                                                  # (T + 1, N, d)
+    z = features(roll["obs"])                                # (T + 1, N, d)
     last_action = torch.cat([carry["action"][None], roll["action"]])           # (T + 1, N)
     last_z = torch.cat([carry["z"][None], z[:-1]])           # (T + 1, N, d)
     memory = carry["predictor_memory"].clone()
@@ -495,7 +495,7 @@ def update(cfg, agent, predictor, adam, roll, loss_function):
     """Some passes over the rollout, cut in segments of L steps, in minibatches in random order."""
     T, N, L = cfg.rollout, cfg.envs, 1 if cfg.env == "lock" else SEGMENT
     parts = {name: x[:T].unflatten(0, (T // L, L)).transpose(0, 1).flatten(1, 2)
-             for name, x in roll.items()}                                      # (L, T / L * N, ..)
+             for name, x in roll.items()}                    # (L, T / L * N, ..)
     for _ in range(cfg.epochs):
         order = torch.randperm(T // L * N, device=roll["obs"].device)          # of segments
         for index in order.split(cfg.minibatch // L):
@@ -573,7 +573,7 @@ BESIDE = {"rcgvf_final_column": "16 columns in quick", "rcgvf_greedy_return": "b
 # ---- 7. FIGURE ---------------------------------------------------------------------------------
 
 COLOURS = {"rcgvf": "#0072B2", "rnd": "#E69F00", "ppo": "#777777", "no_future": "#CC79A7",
-           "error": "#009E73", "disagreement": "#56B4E9", "rnd4": "#D55E00"}
+           "error": "#009E73", "disagreement": "#56B4E9", "rnd4": "#8B5A2B"}
 
 
 def lines(axis, x, curves, colour, label, style="-"):
@@ -601,7 +601,7 @@ def plot(summary, path):
     for method in seeds[0]["curves"] if lock else ():
         values = [seed["headline"][f"{method}_mean_column"] for seed in seeds]
         c[0].plot([method] * len(values), values, "o", color=COLOURS[method], alpha=0.6)
-        c[0].plot(method, statistics.fmean(values), "_", color="k", ms=24)
+        c[0].plot(method, statistics.fmean(values), "_", color=COLOURS[method], ms=24)
         c[0].set_title("(c) Mean of (a) over the run")
         c[0].tick_params("x", rotation=20)
     a.legend(fontsize=8)
@@ -751,7 +751,7 @@ def main(argv=None):
     name, device = pathlib.Path(__file__).stem, torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
-        torch.set_float32_matmul_precision("high")                             # TF32
+        torch.set_float32_matmul_precision("high")           # TF32
     rank, world = 0, 1                                       # which process, of how many
     if torch.distributed.is_torchelastic_launched():         # torchrun keeps a store of keys
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -39,20 +39,20 @@ SYMBOLS, in the code, shape or meaning
 RESULT (quick: seeds 0-4, mean [95 % t interval], 2.9 minutes a seed on one core; `paper`: not run)
   New data sets, 200 examples each: 5 classes 0.937 [0.931, 0.942], 10 classes 0.923 [0.914, 0.932].
   10 classes, minus SGD of the best rate: first 20 0.104 [0.090, 0.118], last 50 -0.031 [-0.046,
-  -0.016]; class means, 8 lines, minus VSML 0.031 [0.022, 0.040], first 20 0.013 [0.004, 0.023].
+  -0.016]; class means, 7 lines, minus VSML 0.031 [0.022, 0.040], first 20 0.013 [0.004, 0.023].
   Meta RNN: seen 0.997, new 0.202; chance 0.2. Clone minus backpropagation, last 50: 0.000, two
   layers -0.002 [-0.011, 0.006]; same predictions 0.997, 0.981.
 
 DIFFERS
   1. quick: made-up images, lifetimes of 50, mode B, BPTT; `paper`: the paper's sizes, ES, A. Ours:
-     falling rates, first values not truncated, half of lifetimes projected anew (code: 64 fixed
+     falling rates, first weights not truncated, half of lifetimes projected anew (code: 64 fixed
      projections), a Meta RNN of 64 units, how to train the clone, class means.
   2. A message is one number (paper: 8; in one layer the other seven are never heard). Means for the
      paper's sums, as in its code; sums in cloning. SGD, Adam: rates chosen on the test itself.
   3. Left out: LayerNorm, convolution, meta-learned grids of several layers, other baselines.
 
 RUN
-  python vsml.py --test mnist --data-dir data    # without --test and --data-dir, it needs no files
+  python vsml.py --test mnist --data-dir data    # without --test, it needs no files
 """
 import argparse
 import datetime
@@ -89,15 +89,15 @@ class Config:
     side: int = 6                  # pixels a side in meta-training
     classes: int = 5               # of the data set to meta-train on, C
     length: int = 50               # examples of a lifetime, T [code: 500]
-    batch: int = 16                # lifetimes a meta-step, B; with ES pairs, P [code: 1024]
+    batch: int = 16                # lifetimes a step, B; with ES pairs, P [code: 1024]
     projected: float = 0.5         # share of lifetimes with a random projection of its own
     mode: str = "B"                # A: errors come with the next example [code]; B: a reverse sweep
     ticks: int = 1                 # of the LSTMs at each visit [code: 2]
     optimizer: str = "bptt"        # of V_M: bptt or es [code: es]
     chunk: int = 0                 # members of ES at once, to bound the memory; 0: all
-    steps: int = 300               # meta-steps of VSML and of the Meta RNN
+    steps: int = 300               # meta-training steps of VSML and of the Meta RNN
     learning_rate: float = 0.03    # of V_M [code: 0.025 with ES]
-    clone_steps: int = 3000        # of cloning, single synapses, then again whole grids
+    clone_steps: int = 3000        # of cloning single synapses, then as many of whole grids
     lifetimes: int = 64            # of each meta-test
     test_length: int = 200         # examples of such a lifetime
     seed: int = 0                  # first seed
@@ -130,7 +130,7 @@ PRESETS = {
 
 def make_fields(sets, classes, side, device):
     """Prototypes of made-up image data sets, smooth random fields -> (sets, classes, side^2)."""
-    frequency = torch.fft.fftfreq(side, device=device)                         # cycles a pixel
+    frequency = torch.fft.fftfreq(side, device=device)       # cycles a pixel
     low_pass = torch.exp(-(frequency[:, None] ** 2 + frequency**2) / 0.18**2)
     white = torch.randn(sets, classes, side, side, device=device)
     smooth = torch.fft.ifft2(torch.fft.fft2(white) * low_pass).real
@@ -283,7 +283,7 @@ def clone_loss(rule, state, x, error_of, alpha=0.05):
     """How far two visits of a layer, state (h, c), are from backpropagation -> loss, state after
     them. w, b = c[0], c[1] now give the targets. A bias for each synapse: that of neuron o moves by
     I alpha e_o. x (B, I); error_of(logits (B, O)) -> errors from above (B, O)"""
-    w, b = state[1][..., :2].detach().unbind(-1)                               # (B, I, O)
+    w, b = state[1][..., :2].detach().unbind(-1)             # (B, I, O)
     before = rule.visit(*state, x, torch.zeros_like(w[:, 0]))
     y = rule.up(before[0])[..., 0]
     error = error_of(y.detach().sum(1))
@@ -383,7 +383,7 @@ def clone_grids(cfg, run, rule, grids=6, I=20, O=4, window=6):
 def class_means(x, targets):
     """Running means of the classes: exact Bayes if prototypes and noise were white and normal, of
     variance 1/2 each. On smooth prototypes it is a rival, not the best there is."""
-    n = targets.cumsum(1) - targets                                            # seen before t
+    n = targets.cumsum(1) - targets                          # seen before t
     sums = torch.einsum("btc,btd->btcd", targets, x).cumsum(1)                 # (B, T, C, D)
     sums = F.pad(sums, (0, 0, 0, 0, 1, 0))[:, :-1]
     variance = 0.5 + 0.5 / (n + 1)                           # of x, given what was seen
@@ -394,7 +394,7 @@ def class_means(x, targets):
 def tanh_network(m, weights):
     """The network that is cloned: weights [w, b, ..] (B, I, O) of layers of synapses."""
     for w, b in zip(weights[::2], weights[1::2]):
-        m = (m.tanh()[:, :, None] * w + b).sum(1)                              # (B, O)
+        m = (m.tanh()[:, :, None] * w + b).sum(1)            # (B, O)
     return m
 
 
@@ -701,7 +701,7 @@ def main(argv=None):
     name, device = pathlib.Path(__file__).stem, torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
-        torch.set_float32_matmul_precision("high")                             # TF32
+        torch.set_float32_matmul_precision("high")           # TF32
     rank, world = 0, 1                                       # which process, of how many
     if torch.distributed.is_torchelastic_launched():         # torchrun keeps a store of keys
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -153,7 +153,7 @@ def test_replay_prefers_recent_iterations_and_leaves_the_band_out():
     weights = torch.tensor([3**-1.1, 3**-1.1, 0, 0, 1, 1])
     torch.testing.assert_close(torch.bincount(drawn) / len(drawn), weights / weights.sum(), atol=0.005, rtol=0)
     search.band = (-1.0, 9.0)                                # all in the band: none can be left out
-    assert search.known().all()
+    assert search.kept().all()
 
 
 def test_what_is_over_pays_no_more_and_is_seen_no_more():
