@@ -248,7 +248,7 @@ def test_a_table_plays_the_nearest_stored_policy(monkeypatch):
     search, asked = P.Search(TINY, P.Reach(), CPU), torch.tensor([-90.0, 0.0, 20.0, 60.0])
     search.theta, search.returns = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([-50.0, 15.0, 80.0])
     again = torch.tensor([[70.0, 90], [-40, -60], [15, 5]])
-    monkeypatch.setattr(search, "test", lambda theta: theta[:, 0])
+    monkeypatch.setattr(search, "evaluate", lambda theta: theta[:, 0])
     monkeypatch.setattr(search, "play", lambda theta, state: (again, None))
     assert P.table(search, asked).tolist() == [0, 1, 1, 2] and P.table(search, asked, fresh=2).tolist() == [1, 2, 2, 0]
     search.band = (10.0, 30.0)
