@@ -292,7 +292,7 @@ def test_short_run_finds_a_policy_gradient():
 
 @pytest.mark.parametrize("options, message", [
     ("--train pole", "pole"), ("--train pendulum,point,servo,reacher", "some of"), ("--length 41", "--length"), (
-        "--warmup 440", "--warmup"), ("--agents 0", "at least 1"), ("--test-life 330", "--test-life")])
+        "--warmup 440", "--warmup"), ("--agents 0", "sizes >= 1"), ("--test-life 330", "--test-life")])
 def test_bad_options(options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
