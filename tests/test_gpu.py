@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-SCRIPTS = ["gpl_icl", "bayes_meta", "nonstationary", "vsml", "rcgvf", "policy_gen", "metagenrl", "symla"]
+SCRIPTS = ["gpl_icl", "bayes_meta", "nonstationary", "vsml", "rcgvf", "policy_gen", "metagenrl", "symla", "model_gen"]
 PAPER = {"gpl_icl": ["--data-dir", ""],          # what `paper` needs in order to run without files, and soon
          "vsml": ["--data", "fields", "--test", "", "--test-length", "200", "--log-every", "1"]}
 TABLE = {}

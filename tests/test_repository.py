@@ -20,7 +20,7 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
-SCRIPTS = ["gpl_icl", "bayes_meta", "nonstationary", "vsml", "rcgvf", "policy_gen", "metagenrl", "symla"]
+SCRIPTS = ["gpl_icl", "bayes_meta", "nonstationary", "vsml", "rcgvf", "policy_gen", "metagenrl", "symla", "model_gen"]
 LINES = {"gpl_icl": 650, "bayes_meta": 700, "nonstationary": 650, "vsml": 750, "rcgvf": 800, "policy_gen": 700,
          "metagenrl": 800, "symla": 650, "model_gen": 700, "mean_field": 700, "modular": 650, "speech_transfer": 750}
 DIVERGES = {"nonstationary": ["--transformer-rate", "1e9", "--networks", "sincos:lin"],   # else --learning-rate 1e9
@@ -28,7 +28,8 @@ DIVERGES = {"nonstationary": ["--transformer-rate", "1e9", "--networks", "sincos
             "vsml": ["--learning-rate", "1e38"],             # its logits are bounded
             "policy_gen": ["--evaluator-rate", "1e9"],
             "metagenrl": ["--critic-rate", "1e9"],
-            "symla": ["--learning-rate", "1e38"]}
+            "symla": ["--learning-rate", "1e38"],
+            "model_gen": ["--model-rate", "1e9"]}
 BANNERS = ["CONFIGURATION", "TASKS", "MODEL", "LEARNING RULE", "TRAINING", "EVALUATION", "FIGURE", "RUN"]
 PARTS = ["IDEA", "ALGORITHM", "SYMBOLS", "RESULT", "DIFFERS", "RUN"]
 PACKAGES = {"numpy", "torch", "matplotlib", "tqdm"}
